@@ -1,0 +1,171 @@
+"""Feature extractors: any ``features_only`` model of timm, by name."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """A timm model that is cut into its stages."""
+
+    model: str = "resnet50.tv_in1k"
+    """Name of a timm model, with its weights' tag where they matter."""
+    pretrained: bool | str = True
+    """True: timm's weights for that name; false: random initialisation; else a file (.pth or .safetensors)."""
+    strides: tuple[int, ...] = (8, 16, 32)
+    """Strides of the levels to use, ascending."""
+    norm: Literal["frozen", "batch", "group"] = "frozen"
+    """BatchNorm with frozen statistics and weights (fine-tuning), trained BatchNorm, or GroupNorm in its place."""
+    frozen_stages: int = 1
+    """Stages that are not trained, counted from the first of stride 4 or more; their stem included; 0 trains all."""
+    channels_last: bool = False
+    """Memory layout of images and features; pays on GPUs with 16-bit convolutions."""
+
+    def __post_init__(self) -> None:
+        if not self.strides or list(self.strides) != sorted(set(self.strides)):
+            raise ValueError(f"strides must ascend, found {list(self.strides)}")
+        if self.frozen_stages < 0:
+            raise ValueError("frozen_stages must not be negative")
+        if self.pretrained is False and (self.norm == "frozen" or self.frozen_stages):
+            # Freezing random weights or statistics trains a detector on noise, silently.
+            raise ValueError(
+                "pretrained=false needs norm: batch or group and frozen_stages: 0, or random layers would stay frozen"
+            )
+
+    def build(self) -> Backbone:
+        """Make the model and load its weights.
+
+        Raises:
+            ValueError: unknown model, unsuitable strides, or weights that cannot be had.
+        """
+        return Backbone(self)
+
+
+class Backbone(nn.Module):
+    """Maps images to one feature map per configured stride."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.channels_last = config.channels_last
+        body = _create(config)
+        self.channels: tuple[int, ...] = tuple(body.feature_info.channels())
+        if tuple(body.feature_info.reduction()) != config.strides:
+            raise ValueError(
+                f"backbone {config.model} has no strides {list(config.strides)}: {body.feature_info.reduction()}"
+            )
+        self.body = body
+        if config.norm == "frozen":
+            self.body = freeze_batch_norm_2d(self.body)
+        elif config.norm == "group":
+            _batch_to_group_norm(self.body)
+        _freeze_stages(self.body, config)
+        if config.channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """Recompute activations in the backward pass, where the timm model knows how to."""
+        if hasattr(self.body, "set_grad_checkpointing"):
+            self.body.set_grad_checkpointing(enable)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] → maps [B, channels_i, ≈H / stride_i, ≈W / stride_i], finest first."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        features = self.body(images)
+        # Some transformers return channels last; the width identifies them.
+        return [
+            feature if feature.shape[1] == channels else feature.permute(0, 3, 1, 2)
+            for feature, channels in zip(features, self.channels, strict=True)
+        ]
+
+
+def _create(config: BackboneConfig) -> Any:
+    if not timm.is_model(config.model):
+        raise ValueError(f"model.backbone.model: timm has no model '{config.model}'")
+    options = _options(config.model)
+    reductions, _ = _probe(config.model)
+    missing = [stride for stride in config.strides if stride not in reductions]
+    if missing:
+        raise ValueError(f"model.backbone.strides: {config.model} offers {reductions}, not {missing}")
+    options["out_indices"] = tuple(reductions.index(stride) for stride in config.strides)
+    if isinstance(config.pretrained, str):
+        options["pretrained_cfg_overlay"] = {"state_dict": _read_weights(config.pretrained), "num_classes": 0}
+    try:
+        return timm.create_model(config.model, features_only=True, pretrained=bool(config.pretrained), **options)
+    except (OSError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        if isinstance(config.pretrained, str):
+            raise ValueError(f"{config.pretrained}: does not fit backbone {config.model}: {reason}") from error
+        raise ValueError(
+            f"the weights of {config.model} cannot be had ({reason}); without network set model.backbone.pretrained "
+            "to a local file, or to false (with norm: batch, frozen_stages: 0) to train from scratch"
+        ) from error
+
+
+def _probe(name: str) -> tuple[list[int], list[str]]:
+    """Strides that a model offers and the names of the children that end there; read off a copy without storage."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        info: Any = timm.create_model(name, features_only=True, pretrained=False, **_options(name)).feature_info
+    return list(info.reduction()), [module.replace(".", "_") for module in info.module_name()]
+
+
+def _options(name: str) -> dict[str, Any]:
+    # Window transformers otherwise insist on the image size of their pretraining.
+    return {"strict_img_size": False} if "swin" in name else {}
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    """A state dict of backbone weights, torchvision's or timm's, without executing anything in the file."""
+    if not Path(path).is_file():
+        raise ValueError(f"model.backbone.pretrained: no such file '{path}'")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every reader has its own exceptions; all mean the same to the user
+        raise ValueError(f"{path}: not a readable weight file ({' '.join(str(error).split())[:120]})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds no state dict of a backbone")
+    return state
+
+
+def _batch_to_group_norm(module: nn.Module, num_groups: int = 32) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            groups = num_groups if child.num_features % num_groups == 0 else 1
+            norm: nn.Module = nn.GroupNorm(groups, child.num_features)
+            # timm merges the activation into its BatchNorm layers.
+            activation = getattr(child, "act", None)
+            setattr(module, name, norm if activation is None else nn.Sequential(norm, activation))
+        else:
+            _batch_to_group_norm(child, num_groups)
+
+
+def _freeze_stages(body: Any, config: BackboneConfig) -> None:
+    """Stop gradients up to the end of the ``frozen_stages``-th stage of stride 4 or more."""
+    if not config.frozen_stages:
+        return
+    ends = [name for reduction, name in zip(*_probe(config.model), strict=True) if reduction >= 4]
+    if config.frozen_stages > len(ends):
+        raise ValueError(f"frozen_stages {config.frozen_stages}: {config.model} has {len(ends)} stages")
+    last = ends[config.frozen_stages - 1]
+    for name, child in body.named_children():
+        child.requires_grad_(False)
+        if name == last:
+            return
+    raise ValueError(f"model.backbone.frozen_stages: cannot find the end of stage {config.frozen_stages} ({last})")

@@ -1,0 +1,46 @@
+"""Class and box heads, and the arithmetic of refining boxes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import MLP
+
+
+class PredictionHeads(nn.Module):
+    """A linear class head and a three-layer box head."""
+
+    def __init__(self, embed_dim: int, num_classes: int, prior: float = 0.01) -> None:
+        super().__init__()
+        self.class_head = nn.Linear(embed_dim, num_classes)
+        self.box_head = MLP(embed_dim, embed_dim, 4, 3)
+        # Every class starts at probability `prior`, or the many negatives drown the first steps (arXiv 1708.02002).
+        nn.init.constant_(self.class_head.bias, -math.log((1 - prior) / prior))
+        # Boxes start as their references.
+        last = self.box_head.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """[..., embed_dim] → logits [..., C] float32."""
+        return self.class_head(features).float()
+
+    def regress(self, features: Tensor) -> Tensor:
+        """[..., embed_dim] → changes [..., 4] of the boxes' logits, float32: 16 bits would quantise the boxes."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.box_head(features.float())
+
+
+def inverse_sigmoid(values: Tensor, eps: float) -> Tensor:
+    """Logit of values in [0, 1], kept finite by clamping numerator and denominator to ``eps``."""
+    values = values.clamp(0, 1)
+    return torch.log(values.clamp(min=eps) / (1 - values).clamp(min=eps))
+
+
+def refine_boxes(boxes: Tensor, changes: Tensor, eps: float = 1e-3) -> Tensor:
+    """Move boxes in logit space: sigmoid(logit(boxes) + changes); [..., 4] float32."""
+    return (inverse_sigmoid(boxes.float(), eps) + changes).sigmoid()
