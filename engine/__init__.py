@@ -1,0 +1,1 @@
+"""Training and evaluation of built objects: loop, optimizer, checkpoints, processes, logging, evaluation."""

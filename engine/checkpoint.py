@@ -1,0 +1,229 @@
+"""Checkpoint files: written so that a crash at any moment leaves a good one, read so that nothing in them is executed.
+
+A checkpoint is a dictionary of plain values and tensors: ``format``, ``weights``, ``ema``, ``optimizer``, ``scaler``,
+``position``, ``best``, ``evaluation``, ``counters``, ``seed``, ``config`` (resolved), ``categories`` ([id, name] in
+the order of the labels) and ``environment``.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = 1
+LAST = "checkpoint_last.pth"
+PREVIOUS = "checkpoint_previous.pth"
+BEST = "checkpoint_best.pth"
+
+# What torch.load raises on files that are truncated or something else; there is no common base class.
+_UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+    struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, the reason and what is usable beside it."""
+
+
+class Loaded(NamedTuple):
+    """A checkpoint and where it came from."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+def write(directory: Path, state: Mapping[str, Any], *, best: bool = False) -> None:
+    """Make ``state`` the last checkpoint, the former last one the previous one, and if asked also the best one.
+
+    The file is written under a temporary name, synced to the disk and then renamed, so that at every moment either
+    the last or the previous checkpoint is complete.
+
+    Raises:
+        OSError: if it cannot be written, for example on a full disk; the checkpoints are then as before.
+    """
+    temporary = directory / f".{LAST}.writing"
+    try:
+        with temporary.open("wb") as file:
+            _serialise(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if best:
+            _link_or_copy(temporary, directory / BEST)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        kept = [name for name in (LAST, PREVIOUS, BEST) if (directory / name).exists()]
+        kept_text = f"{', '.join(kept)} kept" if kept else "there is no earlier one"
+        raise OSError(error.errno, f"cannot write a checkpoint: {reason} ({kept_text})", str(directory)) from error
+    if (directory / LAST).exists():
+        os.replace(directory / LAST, directory / PREVIOUS)
+    os.replace(temporary, directory / LAST)
+    _sync_directory(directory)
+
+
+def _serialise(state: Mapping[str, Any], file: Any) -> None:
+    try:
+        torch.save({"format": FORMAT, **state}, file)
+    except RuntimeError as error:
+        # Closing the archive after a failed write raises once more and hides the reason.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Give the file a second name atomically; by copying where the file system knows no links."""
+    temporary = target.with_name(f".{target.name}.writing")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        try:
+            shutil.copyfile(source, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+    os.replace(temporary, target)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path: Path) -> Any:
+    """Whatever torch.save wrote to ``path``, on the host, without executing anything in it.
+
+    Raises:
+        CheckpointError: if the file is absent, truncated, damaged, or holds more than plain values and tensors.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such checkpoint{_usable_beside(path)}")
+    problem = _damage(path)
+    if problem is None:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            problem = error.strerror or str(error)
+        except pickle.UnpicklingError as error:
+            harmful = "unsupported" in str(error).lower() or "weightsunpickler" in str(error).lower()
+            problem = "holds objects other than plain values and tensors" if harmful else "truncated or no checkpoint"
+        except _UNREADABLE:
+            problem = "truncated or no checkpoint"
+    raise CheckpointError(f"{path}: cannot be read as a checkpoint ({problem}){_usable_beside(path)}")
+
+
+def load(path: Path) -> Loaded:
+    """Read a checkpoint of this program.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is something else.
+    """
+    state = read_file(path)
+    if not isinstance(state, dict) or "format" not in state or "weights" not in state:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this program (to take only weights from it: --init-from){_usable_beside(path)}"
+        )
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: has checkpoint format {state['format']}, this program reads {FORMAT}{_usable_beside(path)}"
+        )
+    return Loaded(path, state)
+
+
+def find_latest(directory: Path) -> tuple[Loaded | None, list[str]]:
+    """The newest readable checkpoint of a run directory, None if it holds none, and what was wrong with newer ones.
+
+    Raises:
+        CheckpointError: if there are checkpoints, but none can be read.
+    """
+    problems: list[str] = []
+    for name in (LAST, PREVIOUS, BEST):
+        if (directory / name).exists():
+            try:
+                return load(directory / name), problems
+            except CheckpointError as error:
+                problems.append(str(error))
+    if problems:
+        raise CheckpointError(problems[0])
+    return None, []
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Copy weights into a model of exactly the same parameters.
+
+    Raises:
+        CheckpointError: if the checkpoint is for another model; says how they differ.
+    """
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected]
+    reshaped = [name for name in expected if name in weights and expected[name].shape != weights[name].shape]
+    parts = []
+    if missing:
+        parts.append(f"it lacks {len(missing)} tensors ({missing[0]}, …)")
+    if unexpected:
+        parts.append(f"it has {len(unexpected)} others ({unexpected[0]}, …)")
+    if reshaped:
+        name = reshaped[0]
+        shapes = f"{list(weights[name].shape)} instead of {list(expected[name].shape)}"
+        parts.append(f"{len(reshaped)} have another shape ({name}: {shapes}, …)")
+    if parts:
+        raise CheckpointError(f"{source}: is for another model: {'; '.join(parts)}")
+    model.load_state_dict(dict(weights))
+
+
+def check_categories(saved: Sequence[Sequence[Any]], current: Sequence[Sequence[Any]], source: Path) -> None:
+    """Refuse a checkpoint whose classes are not those of the annotations.
+
+    Args:
+        saved: [id, name] of each class in the checkpoint.
+        current: [id, name] of each class in the annotations.
+        source: the checkpoint's file, for the message.
+
+    Raises:
+        CheckpointError: naming the counts, or the first class that differs.
+    """
+    old, new = [tuple(entry) for entry in saved], [tuple(entry) for entry in current]
+    if old == new:
+        return
+    if len(old) != len(new):
+        difference = f"it has {len(old)} classes, the annotations have {len(new)}"
+    else:
+        a, b = next((a, b) for a, b in zip(old, new, strict=True) if a != b)
+        difference = f"its class {a[1]!r} (id {a[0]}) is {b[1]!r} (id {b[0]}) in the annotations"
+    raise CheckpointError(f"{source}: is for other classes: {difference} (to fine-tune on other classes: --init-from)")
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with an archive's bytes, by its checksums (which torch.load does not compare)."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return None
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError, struct.error, NotImplementedError) as error:
+        return f"damaged: {error}"
+    return None if damaged is None else f"damaged at {damaged}"
+
+
+def _usable_beside(path: Path) -> str:
+    """End of an error message that lists the readable checkpoints in the same directory."""
+    others = [other for other in sorted(path.parent.glob("checkpoint_*.pth")) if other != path]
+    usable = [str(other) for other in others if zipfile.is_zipfile(other) and _damage(other) is None]
+    return f"; usable beside it: {', '.join(usable)}" if usable else "; there is no usable one beside it"

@@ -1,0 +1,152 @@
+"""Processes of one run: their group, small values exchanged on the host, and errors that all of them agree on.
+
+Values that decide what happens next (target counts, requests to stop, errors) are exchanged through the host (gloo)
+also where gradients go through NCCL: an exchange then never waits for the device.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+
+class UserError(ValueError):
+    """A user's error that every process knows of and the first one reports."""
+
+
+def rank() -> int:
+    """This process among all of the run; 0 outside a distributed run."""
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """This process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
+
+
+def world_size() -> int:
+    """Number of processes of the run, as torchrun set it up; 1 outside a distributed run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and talks to the user."""
+    return rank() == 0
+
+
+def restart_count() -> int:
+    """How often torchrun has started this run anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def choose_device(choice: DeviceChoice = "auto") -> torch.device:
+    """The device of this process.
+
+    Raises:
+        ValueError: if CUDA is asked for and absent, or has fewer devices than processes on this machine.
+    """
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("trainer.device=cuda, but this machine has no CUDA device: set trainer.device=cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank()} of this machine has no CUDA device, there are {torch.cuda.device_count()}: "
+            "lower --nproc-per-node, or set trainer.device=cpu"
+        )
+    return torch.device("cuda", local_rank())
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
+    """Connect the processes that torchrun started; does nothing for a single one.
+
+    Args:
+        device: of this process; becomes the current CUDA device.
+        timeout_seconds: after which a collective that some process does not join ends with an error.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size() == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_connected() -> bool:
+    """Whether there are other processes to exchange values with."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def host_sum(values: Sequence[int]) -> list[int]:
+    """Element-wise sum of a few integers over all processes."""
+    if not is_connected():
+        return list(values)
+    tensor = torch.tensor(list(values), dtype=torch.int64)
+    dist.all_reduce(tensor)
+    return cast("list[int]", tensor.tolist())
+
+
+def host_max(values: Sequence[int]) -> list[int]:
+    """Element-wise maximum of a few integers over all processes."""
+    if not is_connected():
+        return list(values)
+    tensor = torch.tensor(list(values), dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return cast("list[int]", tensor.tolist())
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, in order of rank, on every process; for small plain values."""
+    if not is_connected():
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return cast("list[T]", values)
+
+
+@contextmanager
+def agreed_errors() -> Iterator[None]:
+    """Turn a user's error on any process into one :class:`UserError` on all of them.
+
+    The body must not exchange anything between processes: one that failed would leave the others waiting.
+    """
+    problem: ValueError | OSError | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        problem = error
+    messages = gather(None if problem is None else describe_error(problem))
+    texts = list(dict.fromkeys(message for message in messages if message is not None))
+    if texts:
+        raise UserError("; ".join(texts)) from problem
+
+
+def describe_error(error: BaseException) -> str:
+    """One line for the user."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone or did not join in time."""
+    text = str(error).lower()
+    signs = ("connection closed by peer", "connection reset", "timed out waiting", "gloo", "nccl", "broken pipe")
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)

@@ -1,0 +1,182 @@
+"""AdamW with learning rates by parameter name, and learning-rate schedules that are pure functions of the step.
+
+A schedule keeps no state of its own: what a resumed run needs to know is its step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) with gradient clipping, at the values of DINO (arXiv 2203.03605, appendix)."""
+
+    lr: float = 1e-4
+    """Learning rate after warm-up, of parameters that no entry of lr_scales names."""
+    lr_scales: dict[str, float] = field(default_factory=lambda: {"backbone": 0.1})
+    """Factor on the learning rate by prefix of the parameter name; the longest matching prefix wins."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay."""
+    no_decay: Literal["nothing", "norms_and_biases"] = "nothing"
+    """What is exempt from weight decay; norms_and_biases means every vector or scalar parameter."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+    clip_norm: float | None = 0.1
+    """Largest global gradient norm; null switches clipping off."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, found {self.lr}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, found {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), found {list(self.betas)}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm must be positive (null switches clipping off), found {self.clip_norm}")
+        for prefix, scale in self.lr_scales.items():
+            if scale <= 0:
+                raise ValueError(f"lr_scales.{prefix} must be positive (freeze the part instead), found {scale}")
+
+    def build(self, model: nn.Module) -> torch.optim.AdamW:
+        """Optimizer over the trainable parameters, in groups of equal learning rate and weight decay.
+
+        Each group has a ``name`` and its ``base_lr``, from which :func:`set_learning_rate` computes ``lr``.
+
+        Raises:
+            ValueError: if a prefix of ``lr_scales`` names no parameter, or if nothing is trainable.
+        """
+        names = [name for name, _ in model.named_parameters()]
+        for prefix in self.lr_scales:
+            if not any(_has_prefix(name, prefix) for name in names):
+                parts = sorted({name.partition(".")[0] for name in names})
+                raise ValueError(f"optimizer.lr_scales: no parameter is under '{prefix}', known: {', '.join(parts)}")
+        groups: dict[tuple[str, bool], dict[str, Any]] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            matching = [prefix for prefix in self.lr_scales if _has_prefix(name, prefix)]
+            prefix = max(matching, key=len, default="")
+            decayed = self.no_decay == "nothing" or parameter.ndim > 1
+            if (prefix, decayed) not in groups:
+                lr = self.lr * self.lr_scales.get(prefix, 1.0)
+                title = (prefix or "other") + ("" if decayed else ", no decay")
+                decay = self.weight_decay if decayed else 0.0
+                groups[prefix, decayed] = {
+                    "params": [],
+                    "lr": lr,
+                    "base_lr": lr,
+                    "name": title,
+                    "weight_decay": decay,
+                }
+            groups[prefix, decayed]["params"].append(parameter)
+        if not groups:
+            raise ValueError("the model has no trainable parameter")
+        return torch.optim.AdamW(list(groups.values()), lr=self.lr, betas=self.betas, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group ``factor`` times its base learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore the moments, but keep the hyper-parameters of this run, so that overriding them on resume works.
+
+    Raises:
+        ValueError: if the saved parameters are grouped otherwise, for example under other ``lr_scales``.
+    """
+    saved = [len(group["params"]) for group in state["param_groups"]]
+    current = [len(group["params"]) for group in optimizer.param_groups]
+    if saved != current:
+        raise ValueError(
+            f"the checkpoint's optimizer has parameter groups of sizes {saved}, this run has {current}: "
+            "resume with the same optimizer.lr_scales, optimizer.no_decay and frozen parts, or use --init-from"
+        )
+    groups = optimizer.state_dict()["param_groups"]
+    for group, old in zip(groups, state["param_groups"], strict=True):
+        group["params"] = old["params"]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Length:
+    """Length of the training and warm-up, common to all schedules."""
+
+    epochs: int = 12
+    """Length in passes over the training set."""
+    steps: int | None = None
+    """Length in optimizer steps, in place of epochs."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly from nearly zero."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, found {self.epochs}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, found {self.steps}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, found {self.warmup_steps}")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole training."""
+        return self.steps if self.steps is not None else self.epochs * steps_per_epoch
+
+    def _warmup(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSchedule(_Length):
+    """Learning rate multiplied by a factor at milestones."""
+
+    name: Literal["step"] = "step"
+    milestones: tuple[float, ...] = (11.0,)
+    """Epochs (also fractions of one) after which the learning rate is multiplied by decay."""
+    decay: float = 0.1
+    """Factor at each milestone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if list(self.milestones) != sorted(self.milestones) or any(m <= 0 for m in self.milestones):
+            raise ValueError(f"milestones must be positive and ascending, found {list(self.milestones)}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must lie in (0, 1], found {self.decay}")
+
+    def factor(self, step: int, steps_per_epoch: int) -> float:
+        """Factor on the base learning rate in 0-based step ``step``."""
+        passed = sum(step >= milestone * steps_per_epoch for milestone in self.milestones)
+        return self._warmup(step) * self.decay**passed
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule(_Length):
+    """Half a cosine from the end of warm-up to the end of training (arXiv 1608.03983, equation 5)."""
+
+    name: Literal["cosine"] = "cosine"
+    final: float = 0.0
+    """Factor on the learning rate that the last step approaches."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final must lie in [0, 1], found {self.final}")
+
+    def factor(self, step: int, steps_per_epoch: int) -> float:
+        """Factor on the base learning rate in 0-based step ``step``."""
+        length = max(1, self.total_steps(steps_per_epoch) - self.warmup_steps)
+        progress = min(1.0, max(0.0, (step - self.warmup_steps) / length))
+        return self._warmup(step) * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+Schedule = StepSchedule | CosineSchedule
+
+
+def _has_prefix(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
