@@ -1,0 +1,42 @@
+# Two commands set themselves up on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.PHONY: help install quickstart test lint check clean
+
+help:
+	@echo "make quickstart   make data, train a tiny Align-DETR DINO on it, evaluate, draw (about 10 minutes on two cores)"
+	@echo "make test         the whole test suite"
+	@echo "make lint         formatting, lint and types"
+	@echo "make check        lint and test, as continuous integration runs them"
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, found %s (make PYTHON=python3.12 ...)" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+data/shapes/shapes.json: | $(BIN)/.installed
+	$(BIN)/python -m tools.make_shapes --out data/shapes
+
+quickstart: $(BIN)/.installed data/shapes/shapes.json
+	$(BIN)/python main.py --cfg configs/quickstart.yaml --resume auto output_dir=$(RUN)
+	@echo "done: $(RUN)/predictions.png, $(RUN)/curves.png, $(RUN)/metrics.jsonl, $(RUN)/checkpoint_best.pth"
+
+# Two worker processes with one thread each use two cores better than one process with two threads.
+test: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

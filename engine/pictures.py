@@ -1,0 +1,178 @@
+"""The two pictures of a run directory: predictions beside targets, and curves of loss and AP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from structures import Batch, Detections
+
+# Okabe and Ito's palette: distinguishable with the common forms of colour blindness.
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+
+
+class AnnotatedImage(NamedTuple):
+    """An image with what is in it and what was found; boxes in pixels of ``pixels``."""
+
+    pixels: NDArray[np.uint8]
+    """[h, w, 3] RGB."""
+    target_labels: Tensor
+    """[G] int64."""
+    target_boxes_xyxy: Tensor
+    """[G, 4]."""
+    detections: Detections
+    """Any number, best first."""
+
+
+def annotated_images(
+    batch: Batch, detections: Sequence[Detections], mean: Sequence[float], std: Sequence[float]
+) -> list[AnnotatedImage]:
+    """Undo normalisation and padding of a batch.
+
+    Args:
+        batch: as the model saw it.
+        detections: one per image, in pixels of the original images, as the evaluator gets them.
+        mean: per channel, as the images were normalised with.
+        std: likewise.
+    """
+    result = []
+    pixels = batch.images.detach().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    sizes, originals = batch.image_sizes.cpu(), batch.original_sizes.cpu()
+    for i, (labels, boxes) in enumerate(batch.targets.to("cpu").split()):
+        height, width = sizes[i].tolist()
+        image = (pixels[i, :, :height, :width].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        scale = torch.tensor([width, height, width, height], dtype=torch.float32)
+        corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], dim=-1) * scale
+        original = originals[i].flip(0).repeat(2).float()
+        found = detections[i]
+        found = Detections(found.scores.cpu(), found.labels.cpu(), found.boxes_xyxy.cpu() * (scale / original))
+        result.append(AnnotatedImage(image, labels, corners, found))
+    return result
+
+
+def draw_predictions(
+    path: Path | str, images: Sequence[AnnotatedImage], class_names: Sequence[str], threshold: float = 0.3
+) -> None:
+    """Draw targets (left of each pair) beside the detections above ``threshold`` (right).
+
+    Args:
+        path: PNG file to write; replaced as a whole or not at all.
+        images: at least one.
+        class_names: indexed by label.
+        threshold: least score of a detection that is drawn.
+    """
+    pairs = 2 if len(images) > 1 else 1
+    rows = -(-len(images) // pairs)
+    figure, axes = _canvas(rows, 2 * pairs, 3.2)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, image in enumerate(images):
+        left, right = axes.flat[2 * i], axes.flat[2 * i + 1]
+        texts = [class_names[label] for label in image.target_labels.tolist()]
+        _draw_boxes(left, image.pixels, image.target_boxes_xyxy, image.target_labels, texts)
+        left.set_title(f"targets ({len(texts)})", fontsize=8)
+        keep = image.detections.scores >= threshold
+        scores, labels, boxes = (part[keep] for part in image.detections)
+        texts = [f"{class_names[c]} {s:.2f}" for c, s in zip(labels.tolist(), scores.tolist(), strict=True)]
+        _draw_boxes(right, image.pixels, boxes, labels, texts)
+        right.set_title(f"predictions, score ≥ {threshold:g} ({len(texts)})", fontsize=8)
+    _save(figure, path)
+
+
+def draw_curves(metrics: Path | str, path: Path | str) -> None:
+    """Draw the loss of training and the AP of every evaluation over the steps of a ``metrics.jsonl``.
+
+    Args:
+        metrics: file of JSON lines, each with ``kind`` ("train" with ``loss``, or "eval" with ``AP``) and ``step``.
+        path: PNG file to write.
+    """
+    records = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines() if line.strip()]
+    train = _latest_by_step([r for r in records if r.get("kind") == "train" and r.get("loss") is not None])
+    evals = _latest_by_step([r for r in records if r.get("kind") == "eval" and r.get("AP") is not None])
+    figure, axes = _canvas(1, 3, 3.2)
+    loss, rate, precision = axes.flat
+    steps = [r["step"] for r in train]
+    values = [r["loss"] for r in train]
+    loss.plot(steps, values, color=COLOURS[1], alpha=0.5, linewidth=0.8, label="logged")
+    loss.plot(steps, _smooth(values), color=COLOURS[4], linewidth=1.4, label="smoothed")
+    loss.set(title="training loss", xlabel="step", ylabel="weighted sum of all terms")
+    if values:
+        loss.legend(frameon=False)
+        loss.set_ylim(0, float(np.percentile(values, 98)) * 1.15)
+    rate.plot(steps, [r.get("lr") for r in train], color=COLOURS[2], linewidth=1.4)
+    rate.set(title="learning rate", xlabel="step", ylabel="learning rate")
+    for name, colour, style in (("AP", COLOURS[5], "o-"), ("AP50", COLOURS[0], "s--"), ("AP75", COLOURS[2], "^:")):
+        shown = [(r["step"], r[name]) for r in evals if r.get(name) is not None]
+        if shown:
+            precision.plot(*zip(*shown, strict=True), style, color=colour, markersize=3.5, linewidth=1.4, label=name)
+    precision.set(title="validation", xlabel="step", ylabel="percent", ylim=(0, None))
+    if precision.lines:
+        precision.legend(frameon=False)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25, linewidth=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _latest_by_step(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A run that was resumed repeats the steps since its checkpoint; the later record counts."""
+    by_step = {record["step"]: record for record in records}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential mean without bias at the start."""
+    result, mean, total = [], 0.0, 0.0
+    for value in values:
+        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
+        result.append(mean / total)
+    return result
+
+
+def _canvas(rows: int, columns: int, size: float) -> tuple[Any, Any]:
+    # The figure is made without pyplot, which would keep it in a global list and look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size * columns, size * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _draw_boxes(axis: Any, pixels: NDArray[np.uint8], boxes: Tensor, labels: Tensor, texts: Sequence[str]) -> None:
+    from matplotlib.patches import Rectangle
+
+    axis.imshow(pixels)
+    # Best first means that the worst are drawn first, so that the best stay on top.
+    for box, label, text in reversed(list(zip(boxes.tolist(), labels.tolist(), texts, strict=True))):
+        colour = COLOURS[label % len(COLOURS)]
+        x0, y0, x1, y1 = box
+        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2))
+        axis.text(
+            max(x0, 0) + 1,
+            max(y0, 0) + 1,
+            text,
+            fontsize=5,
+            va="top",
+            color="black",
+            clip_on=True,
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.75},
+        )
+
+
+def _save(figure: Any, path: Path | str) -> None:
+    """Write beside the target and rename, so that nobody ever sees half a picture."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
