@@ -7,12 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ops.ms_deform_attn import reference as _reference
+from ops.ms_deform_attn.backends import (
+    BackendName,
+    available_backends,
+    describe_backend,
+    resolve,
+    set_default_backend,
+)
 from ops.ms_deform_attn.checks import check_fused, check_unfused, check_value
+from ops.ms_deform_attn.library import autocast_value, ms_deform_attn_op
 
-__all__ = ["fused_ms_deform_attn", "ms_deform_attn"]
+__all__ = [
+    "BackendName",
+    "available_backends",
+    "describe_backend",
+    "fused_ms_deform_attn",
+    "ms_deform_attn",
+    "set_default_backend",
+]
 
 
 def ms_deform_attn(
@@ -40,7 +56,11 @@ def ms_deform_attn(
     """
     shapes = check_value(value, spatial_shapes)
     check_unfused(value, len(shapes), sampling_locations, attention_weights)
-    return _reference.ms_deform_attn(value, shapes, sampling_locations, attention_weights)
+    chosen = _choose(backend, value)
+    if chosen == "reference":
+        return _reference.ms_deform_attn(autocast_value(value), shapes, sampling_locations, attention_weights)
+    flat = [size for shape in shapes for size in shape]
+    return ms_deform_attn_op(value, flat, None, None, sampling_locations, attention_weights, chosen)
 
 
 def fused_ms_deform_attn(
@@ -75,4 +95,18 @@ def fused_ms_deform_attn(
     """
     shapes = check_value(value, spatial_shapes)
     check_fused(value, len(shapes), valid_sizes, reference, sampling_offsets, weight_logits)
-    return _reference.fused_ms_deform_attn(value, shapes, valid_sizes, reference, sampling_offsets, weight_logits)
+    chosen = _choose(backend, value)
+    if chosen == "reference":
+        return _reference.fused_ms_deform_attn(
+            autocast_value(value), shapes, valid_sizes, reference, sampling_offsets, weight_logits
+        )
+    flat = [size for shape in shapes for size in shape]
+    logits = weight_logits.reshape(sampling_offsets.shape[:-1])
+    return ms_deform_attn_op(value, flat, valid_sizes, reference, sampling_offsets, logits, chosen)
+
+
+def _choose(backend: str, value: Tensor) -> str:
+    """The implementation for this call; exported programs hold plain PyTorch operations only."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "reference"
+    return resolve(backend, value.device.type, value.dtype == torch.float64)

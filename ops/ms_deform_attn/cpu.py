@@ -1,0 +1,224 @@
+"""The C++ backend: compiled by the machine's own compiler at first use, called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ops.ms_deform_attn.cache import BackendUnavailableError, cached_file, key_of
+
+SOURCES = Path(__file__).parent / "csrc"
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
+BUILD_SECONDS = 300
+VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+MAX_PIXELS = 2**31 - 1
+"""Pixel indices within an image are 32-bit."""
+
+_POINTERS = (
+    *("shapes", "valid", "value", "reference", "samples", "weights", "output"),
+    *("grad_output", "grad_value", "grad_samples", "grad_weights", "grad_reference"),
+)
+
+
+class _Problem(ctypes.Structure):
+    """Mirrors ``struct Problem`` of csrc/samples.h."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in ("images", "pixels", "queries", "heads", "channels", "levels", "points", "value_type")
+        ),
+        *((name, ctypes.c_int64) for name in ("fused", "reference_size", "threads")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    )
+
+
+def compiler_command() -> list[str]:
+    """$CXX, or the first C++ compiler of the search path.
+
+    Raises:
+        BackendUnavailableError: there is none.
+    """
+    override = os.environ.get("CXX")
+    for name in [override] if override else COMPILERS:
+        command = shlex.split(name)
+        if command and shutil.which(command[0]):
+            return command
+    raise BackendUnavailableError(f"no C++ compiler ({override or ', '.join(COMPILERS)} not found)")
+
+
+def compile_shared(compiler: list[str], flags: Sequence[str], source: Path, output: Path) -> None:
+    """Compile one source file to a shared library.
+
+    Raises:
+        BackendUnavailableError: the compiler fails, with its first complaint.
+    """
+    try:
+        done = subprocess.run(
+            [*compiler, *flags, str(source), "-o", str(output)], capture_output=True, text=True, timeout=BUILD_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendUnavailableError(f"{compiler[0]} could not be run: {error}") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
+        raise BackendUnavailableError(f"{compiler[0]} failed: {lines[0].strip()}")
+
+
+def _processor() -> str:
+    """What distinguishes the instruction sets of machines that share a home folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled library.
+
+    Raises:
+        BackendUnavailableError: there is no compiler, or it fails, or the cache cannot be written.
+    """
+    compiler = compiler_command()
+    try:
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendUnavailableError(f"{compiler[0]} could not be run: {error}") from error
+    source = b"".join((SOURCES / name).read_bytes() for name in ("simd.h", "samples.h", "cpu.cpp"))
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64", "ppc64le") else "-march=native"
+    flags = [*FLAGS, native]
+    name = f"ms_deform_attn-cpu-{key_of(source, *compiler, version, *flags, _processor())}.so"
+    try:
+        path = cached_file(name, lambda output: compile_shared(compiler, flags, SOURCES / "cpu.cpp", output))
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendUnavailableError(f"the compiled library cannot be kept or loaded: {error}") from error
+    for function in (loaded.ms_deform_attn_forward, loaded.ms_deform_attn_backward):
+        function.argtypes = [ctypes.POINTER(_Problem)]
+        function.restype = None
+    return loaded
+
+
+def supports(value: Tensor) -> bool:
+    """Whether the kernels can index ``value``."""
+    return value.shape[1] <= MAX_PIXELS
+
+
+def forward(
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    valid_sizes: Tensor | None,
+    reference: Tensor | None,
+    samples: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """[B, Q, H*D] in the dtype of ``value``.
+
+    Args:
+        value: [B, S, H, D].
+        spatial_shapes: h, w of each level, flat.
+        valid_sizes: [B, L, 2] for the fused form, None for the unfused one.
+        reference: [B, Q, 2 or 4] for the fused form, None for the unfused one.
+        samples: [B, Q, H, L, P, 2] offsets (fused) or locations.
+        weights: [B, Q, H, L, P] logits (fused) or weights.
+    """
+    call = _Call(value, spatial_shapes, valid_sizes, reference, samples, weights)
+    B, Q, H = samples.shape[:3]
+    output = value.new_empty(B, Q, H * value.shape[3], dtype=call.dtype)
+    call.run("ms_deform_attn_forward", output=output)
+    return output.to(value.dtype)
+
+
+def backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    valid_sizes: Tensor | None,
+    reference: Tensor | None,
+    samples: Tensor,
+    weights: Tensor,
+    needs_reference: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of value, reference (None unless needed), samples and weights, each in its own dtype."""
+    call = _Call(value, spatial_shapes, valid_sizes, reference, samples, weights)
+    grad_value = torch.zeros(value.shape, dtype=call.dtype)
+    grad_samples = torch.empty(samples.shape, dtype=call.dtype)
+    grad_weights = torch.empty(weights.shape, dtype=call.dtype)
+    grad_reference = None
+    if needs_reference and reference is not None:
+        grad_reference = torch.empty(reference.shape, dtype=call.dtype)
+    call.run(
+        "ms_deform_attn_backward",
+        grad_output=grad_output.to(call.dtype).contiguous(),
+        grad_value=grad_value,
+        grad_samples=grad_samples,
+        grad_weights=grad_weights,
+        grad_reference=grad_reference,
+    )
+    if grad_reference is not None and reference is not None:
+        grad_reference = grad_reference.to(reference.dtype)
+    return grad_value.to(value.dtype), grad_reference, grad_samples.to(samples.dtype), grad_weights.to(weights.dtype)
+
+
+class _Call:
+    """Arguments of one call in the kernels' layout and types; keeps alive what the pointers point to."""
+
+    def __init__(
+        self,
+        value: Tensor,
+        spatial_shapes: Sequence[int],
+        valid_sizes: Tensor | None,
+        reference: Tensor | None,
+        samples: Tensor,
+        weights: Tensor,
+    ) -> None:
+        self.dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        B, S, H, D = value.shape
+        _, Q, _, L, P, _ = samples.shape
+        self.problem = _Problem(
+            images=B,
+            pixels=S,
+            queries=Q,
+            heads=H,
+            channels=D,
+            levels=L,
+            points=P,
+            value_type=VALUE_TYPES[value.dtype],
+            fused=valid_sizes is not None,
+            reference_size=0 if reference is None else reference.shape[-1],
+            threads=torch.get_num_threads(),
+        )
+        self.empty = B * Q == 0
+        self.kept: list[Tensor] = []
+        self._point(
+            shapes=torch.tensor(spatial_shapes, dtype=torch.int64),
+            valid=None if valid_sizes is None else valid_sizes.to(torch.int64).contiguous(),
+            value=value.contiguous(),
+            reference=None if reference is None else reference.to(self.dtype).contiguous(),
+            samples=samples.to(self.dtype).contiguous(),
+            weights=weights.to(self.dtype).contiguous(),
+        )
+
+    def _point(self, **tensors: Tensor | None) -> None:
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self.kept.append(tensor)
+                setattr(self.problem, name, tensor.data_ptr())
+
+    def run(self, function: str, **tensors: Tensor | None) -> None:
+        """Run a kernel; ctypes releases the interpreter's lock meanwhile."""
+        self._point(**tensors)
+        if not self.empty:
+            getattr(library(), function)(ctypes.byref(self.problem))

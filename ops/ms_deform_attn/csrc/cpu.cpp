@@ -1,0 +1,247 @@
+// Multi-scale deformable attention on the host: forward and backward, fused and unfused, behind a plain C interface.
+
+#include <atomic>
+#include <system_error>
+#include <thread>
+
+#include "samples.h"
+
+namespace {
+
+// Runs task(i) for every i, on this thread and others; each task must write memory of its own.
+template <class Task> void parallel(int64_t tasks, int64_t threads, const Task& task) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i = next++; i < tasks; i = next++) task(i);
+  };
+  std::vector<std::thread> others;
+  try {
+    for (int64_t i = 1; i < std::min(threads, tasks); ++i) others.emplace_back(work);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those there are do all the work.
+  }
+  work();
+  for (auto& other : others) other.join();
+}
+
+// D channels per head, known at compile time.
+template <class T, class A, int D> struct Fixed {
+  static constexpr int width = WIDTH<A>, vectors = D / width;
+
+  static void gather(const Samples<A>& s, const T* value, int64_t stride, int64_t, A* out) {
+    Vec<A> sums[vectors] = {};
+    const auto* active = reinterpret_cast<const typename Samples<A>::Int*>(s.active.data());
+    for (int64_t n = 0; n < s.count; ++n) {
+      if (!active[n]) continue;
+      for (int t = 0; t < 4; ++t) {
+        const T* from = value + lane(s.pixel[t], n) * stride;
+        const A weight = lane(s.tap[t], n);
+        for (int i = 0; i < vectors; ++i) sums[i] += load(from + i * width) * weight;
+      }
+    }
+    for (int i = 0; i < vectors; ++i) store(out + i * width, sums[i]);
+  }
+
+  // Adds to grad_value and leaves the dot product of grad with tap t of sample n in dots[t * padded + n].
+  static void scatter(const Samples<A>& s, const T* value, int64_t stride, int64_t, const A* grad, A* grad_value,
+                      Vec<A>* partial, Vec<A>* dots) {
+    const int64_t padded = s.vectors * width;
+    Vec<A> g[vectors];
+    for (int i = 0; i < vectors; ++i) g[i] = load(grad + i * width);
+    const auto* active = reinterpret_cast<const typename Samples<A>::Int*>(s.active.data());
+    for (int64_t n = 0; n < s.count; ++n) {
+      for (int t = 0; t < 4; ++t) {
+        Vec<A> dot = {};
+        if (active[n]) {
+          const int64_t at = lane(s.pixel[t], n) * stride;
+          const A weight = lane(s.tap[t], n);
+          for (int i = 0; i < vectors; ++i) {
+            dot += load(value + at + i * width) * g[i];
+            A* to = grad_value + at + i * width;
+            store(to, load(to) + g[i] * weight);
+          }
+        }
+        partial[t * padded + n] = dot;
+      }
+    }
+    for (int64_t i = 0; i < 4 * s.vectors; ++i) dots[i] = row_sums<A>(partial + i * width);
+  }
+
+  template <class Vector> static auto lane(const std::vector<Vector>& v, int64_t n) {
+    return reinterpret_cast<const std::remove_reference_t<decltype(v[0][0] + v[0][0])>*>(v.data())[n];
+  }
+};
+
+// Any number of channels.
+template <class T, class A> struct Fixed<T, A, 0> {
+  static void gather(const Samples<A>& s, const T* value, int64_t stride, int64_t channels, A* out) {
+    std::fill(out, out + channels, A(0));
+    for (int64_t n = 0; n < s.count; ++n) {
+      const int64_t i = n / WIDTH<A>, j = n % WIDTH<A>;
+      if (!s.active[i][j]) continue;
+      for (int t = 0; t < 4; ++t) {
+        const T* from = value + s.pixel[t][i][j] * stride;
+        const A weight = s.tap[t][i][j];
+        for (int64_t c = 0; c < channels; ++c) out[c] += scalar(from[c]) * weight;
+      }
+    }
+  }
+
+  static void scatter(const Samples<A>& s, const T* value, int64_t stride, int64_t channels, const A* grad,
+                      A* grad_value, Vec<A>*, Vec<A>* dots) {
+    for (int64_t n = 0; n < s.count; ++n) {
+      const int64_t i = n / WIDTH<A>, j = n % WIDTH<A>;
+      for (int t = 0; t < 4; ++t) {
+        A dot = 0;
+        if (s.active[i][j]) {
+          const int64_t at = s.pixel[t][i][j] * stride;
+          const A weight = s.tap[t][i][j];
+          for (int64_t c = 0; c < channels; ++c) {
+            dot += scalar(value[at + c]) * grad[c];
+            grad_value[at + c] += grad[c] * weight;
+          }
+        }
+        dots[t * s.vectors + i][j] = dot;
+      }
+    }
+  }
+};
+
+template <class T, class A, int D> void forward(const Problem& p) {
+  // Blocks of neighbouring queries read neighbouring pixels: small enough for balance, large enough for the cache.
+  constexpr int64_t block = 64;
+  const int64_t blocks = (p.queries + block - 1) / block, stride = p.heads * p.channels;
+  parallel(p.images * blocks, p.threads, [&](int64_t task) {
+    const int64_t image = task / blocks, first = task % blocks * block;
+    Samples<A> samples(p, 0, p.levels);
+    samples.set_image(image);
+    const T* value = static_cast<const T*>(p.value) + image * p.pixels * stride;
+    for (int64_t q = first; q < std::min(first + block, p.queries); ++q) {
+      for (int64_t head = 0; head < p.heads; ++head) {
+        const int64_t query = image * p.queries + q, row = query * p.heads + head;
+        samples.prepare(query, row);
+        Fixed<T, A, D>::gather(samples, value + head * p.channels, stride, p.channels,
+                               static_cast<A*>(p.output) + row * p.channels);
+      }
+    }
+  });
+}
+
+// Gradients of the weights and of the locations in pixels (fused) or in the map's unit (unfused) of one row.
+template <class A> void sample_gradients(const Problem& p, const Samples<A>& s, const Vec<A>* dots, int64_t row) {
+  using V = Vec<A>;
+  const int64_t at = row * p.levels * p.points + s.begin;
+  A* grad_weights = static_cast<A*>(p.grad_weights) + at;
+  A* grad_samples = static_cast<A*>(p.grad_samples) + 2 * at;
+  for (int64_t i = 0; i < s.vectors; ++i) {
+    const V zero = {}, d0 = dots[i], d1 = dots[s.vectors + i], d2 = dots[2 * s.vectors + i], d3 = dots[3 * s.vectors + i];
+    const V upper = s.left[i] * d0 + s.right[i] * d1, lower = s.left[i] * d2 + s.right[i] * d3;
+    V weight = s.top[i] * upper + s.bottom[i] * lower;
+    V x = s.weight[i] * (s.top[i] * (s.d_left[i] * d0 + s.d_right[i] * d1) +
+                         s.bottom[i] * (s.d_left[i] * d2 + s.d_right[i] * d3));
+    V y = s.weight[i] * (s.d_top[i] * upper + s.d_bottom[i] * lower);
+    if (!p.fused) {
+      x *= s.limit_x[i];
+      y *= s.limit_y[i];
+    }
+    weight = s.active[i] ? weight : zero;
+    x = s.active[i] ? x : zero;
+    y = s.active[i] ? y : zero;
+    const int64_t filled = std::min<int64_t>(WIDTH<A>, s.count - i * WIDTH<A>);
+    std::memcpy(grad_weights + i * WIDTH<A>, &weight, filled * sizeof(A));
+    const V pairs[2] = {shuffle<A>(x, y, Interleave<WIDTH<A>, 0>{}), shuffle<A>(x, y, Interleave<WIDTH<A>, 1>{})};
+    std::memcpy(grad_samples + 2 * i * WIDTH<A>, pairs, 2 * filled * sizeof(A));
+  }
+}
+
+// From the gradients of weights and pixel locations to those of logits, offsets and reference, in place.
+template <class A> void finish_fused(const Problem& p, Samples<A>& samples, int64_t image, int64_t query) {
+  const int64_t size = p.reference_size, all = p.levels * p.points;
+  const A* reference = static_cast<const A*>(p.reference) + query * size;
+  const A scale = size == 4 ? A(0.5) / static_cast<A>(p.points) : A(0);
+  A grad_reference[4] = {};
+  for (int64_t head = 0; head < p.heads; ++head) {
+    const int64_t row = query * p.heads + head;
+    const A* weights = samples.softmax(row);
+    A* grad_weights = static_cast<A*>(p.grad_weights) + row * all;
+    A mean = 0;
+    for (int64_t n = 0; n < all; ++n) mean += weights[n] * grad_weights[n];
+    for (int64_t n = 0; n < all; ++n) grad_weights[n] = weights[n] * (grad_weights[n] - mean);
+    const A* offsets = static_cast<const A*>(p.samples) + 2 * row * all;
+    A* grad_offsets = static_cast<A*>(p.grad_samples) + 2 * row * all;
+    if (size == 2 && !p.grad_reference) continue;  // offsets are in pixels already
+    for (int64_t n = 0; n < all; ++n) {
+      const A limits[2] = {samples.limit_x[n / WIDTH<A>][n % WIDTH<A>], samples.limit_y[n / WIDTH<A>][n % WIDTH<A>]};
+      for (int64_t axis = 0; axis < 2; ++axis) {
+        A& grad = grad_offsets[2 * n + axis];
+        const A unit = grad * limits[axis];
+        grad_reference[axis] += unit;
+        if (size == 2) continue;
+        // An infinite offset of a sample that contributes nothing must not turn into NaN.
+        if (unit != 0) grad_reference[2 + axis] += unit * offsets[2 * n + axis] * scale;
+        grad = unit * reference[2 + axis] * scale;
+      }
+    }
+  }
+  if (p.grad_reference)
+    std::copy(grad_reference, grad_reference + size, static_cast<A*>(p.grad_reference) + query * size);
+  (void)image;
+}
+
+template <class T, class A, int D> void backward(const Problem& p) {
+  // One image, head and level of grad_value belongs to one task, which adds in the order of queries: no races, and the
+  // same result to the bit for any number of threads. Whole heads cost less where there are enough of them.
+  const int64_t maps = p.images * p.heads, stride = p.heads * p.channels;
+  const bool split = maps % p.threads != 0 && maps < 4 * p.threads;
+  const int64_t parts = split ? p.levels : 1, levels = p.levels / parts;
+  parallel(maps * parts, p.threads, [&](int64_t task) {
+    const int64_t part = task % parts, image = task / parts / p.heads, head = task / parts % p.heads;
+    Samples<A> samples(p, part * levels, (part + 1) * levels);
+    samples.set_image(image);
+    std::vector<Vec<A>> partial(4 * samples.vectors * WIDTH<A>), dots(4 * samples.vectors);
+    const int64_t base = image * p.pixels * stride + head * p.channels;
+    for (int64_t q = 0; q < p.queries; ++q) {
+      const int64_t query = image * p.queries + q, row = query * p.heads + head;
+      samples.prepare(query, row);
+      Fixed<T, A, D>::scatter(samples, static_cast<const T*>(p.value) + base, stride, p.channels,
+                              static_cast<const A*>(p.grad_output) + row * p.channels,
+                              static_cast<A*>(p.grad_value) + base, partial.data(), dots.data());
+      sample_gradients(p, samples, dots.data(), row);
+    }
+  });
+  if (!p.fused) return;
+  constexpr int64_t block = 64;
+  const int64_t blocks = (p.queries + block - 1) / block;
+  parallel(p.images * blocks, p.threads, [&](int64_t task) {
+    const int64_t image = task / blocks, first = task % blocks * block;
+    Samples<A> samples(p, 0, p.levels);
+    samples.set_image(image);
+    for (int64_t q = first; q < std::min(first + block, p.queries); ++q)
+      finish_fused(p, samples, image, image * p.queries + q);
+  });
+}
+
+template <class T, class A> void run(const Problem& p, bool is_backward) {
+  switch (p.channels) {
+    case 16: return is_backward ? backward<T, A, 16>(p) : forward<T, A, 16>(p);
+    case 32: return is_backward ? backward<T, A, 32>(p) : forward<T, A, 32>(p);
+    case 64: return is_backward ? backward<T, A, 64>(p) : forward<T, A, 64>(p);
+    default: return is_backward ? backward<T, A, 0>(p) : forward<T, A, 0>(p);
+  }
+}
+
+void run(const Problem& p, bool is_backward) {
+  switch (p.value_type) {
+    case 0: return run<float, float>(p, is_backward);
+    case 1: return run<bf16, float>(p, is_backward);
+    case 2: return run<fp16, float>(p, is_backward);
+    default: return run<double, double>(p, is_backward);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+void ms_deform_attn_forward(const Problem* problem) { run(*problem, false); }
+void ms_deform_attn_backward(const Problem* problem) { run(*problem, true); }
+}

@@ -1,0 +1,138 @@
+"""The op as torch.library knows it: kernels, shapes for tracing, gradients and autocast.
+
+One op serves both forms: ``valid_sizes`` and ``reference`` are None in the unfused one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.ms_deform_attn import cpu, cuda
+
+_KERNELS = {"cpu": cpu, "cuda": cuda}
+
+
+@torch.library.custom_op("align_detr::ms_deform_attn", mutates_args=())
+def ms_deform_attn_op(
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    valid_sizes: Tensor | None,
+    reference: Tensor | None,
+    samples: Tensor,
+    weights: Tensor,
+    backend: str,
+) -> Tensor:
+    """[B, Q, H*D]; ``spatial_shapes`` is flat, ``samples`` are offsets or locations, ``weights`` logits or weights."""
+    return _KERNELS[backend].forward(value, spatial_shapes, valid_sizes, reference, samples, weights)
+
+
+@torch.library.custom_op("align_detr::ms_deform_attn_backward", mutates_args=())
+def ms_deform_attn_backward_op(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    valid_sizes: Tensor | None,
+    reference: Tensor | None,
+    samples: Tensor,
+    weights: Tensor,
+    backend: str,
+    needs_reference: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of value, reference (empty unless needed), samples and weights."""
+    grad_value, grad_reference, grad_samples, grad_weights = _KERNELS[backend].backward(
+        grad_output, value, spatial_shapes, valid_sizes, reference, samples, weights, needs_reference
+    )
+    if grad_reference is None:
+        grad_reference = value.new_empty(0)
+    return grad_value, grad_reference, grad_samples, grad_weights
+
+
+@ms_deform_attn_op.register_fake
+def _forward_fake(
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    valid_sizes: Tensor | None,
+    reference: Tensor | None,
+    samples: Tensor,
+    weights: Tensor,
+    backend: str,
+) -> Tensor:
+    return value.new_empty(value.shape[0], samples.shape[1], value.shape[2] * value.shape[3])
+
+
+@ms_deform_attn_backward_op.register_fake
+def _backward_fake(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    valid_sizes: Tensor | None,
+    reference: Tensor | None,
+    samples: Tensor,
+    weights: Tensor,
+    backend: str,
+    needs_reference: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_reference = value.new_empty(0)
+    if needs_reference and reference is not None:
+        grad_reference = reference.new_empty(reference.shape)
+    return (
+        value.new_empty(value.shape),
+        grad_reference,
+        samples.new_empty(samples.shape),
+        weights.new_empty(weights.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, spatial_shapes, valid_sizes, reference, samples, weights, backend = inputs
+    ctx.save_for_backward(value, valid_sizes, reference, samples, weights)
+    ctx.spatial_shapes, ctx.backend = spatial_shapes, backend
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    value, valid_sizes, reference, samples, weights = ctx.saved_tensors
+    needs_reference = ctx.needs_input_grad[3]
+    grad_value, grad_reference, grad_samples, grad_weights = ms_deform_attn_backward_op(
+        grad_output,
+        value,
+        ctx.spatial_shapes,
+        valid_sizes,
+        reference,
+        samples,
+        weights,
+        ctx.backend,
+        needs_reference,
+    )
+    return grad_value, None, None, grad_reference if needs_reference else None, grad_samples, grad_weights, None
+
+
+ms_deform_attn_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def autocast_value(value: Tensor) -> Tensor:
+    """``value`` in the dtype of autocast, where it is on; as everywhere, float64 stays.
+
+    Locations and weights keep their precision, which the sampling positions need.
+    """
+    kind = value.device.type
+    if value.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return value
+    return value.to(torch.get_autocast_dtype(kind))
+
+
+def _autocast(device_type: str) -> Callable[..., Tensor]:
+    def kernel(value: Tensor, *rest: Any) -> Tensor:
+        value = autocast_value(value)
+        with torch.autocast(device_type, enabled=False):
+            return ms_deform_attn_op(value, *rest)
+
+    return kernel
+
+
+_implementations = torch.library.Library("align_detr", "IMPL")
+_implementations.impl("ms_deform_attn", _autocast("cpu"), "AutocastCPU")
+_implementations.impl("ms_deform_attn", _autocast("cuda"), "AutocastCUDA")
