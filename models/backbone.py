@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class BackboneConfig:
     """BatchNorm with frozen statistics and weights (fine-tuning), trained BatchNorm, or GroupNorm in its place."""
     frozen_stages: int = 1
     """Stages that are not trained, counted from the first of stride 4 or more; their stem included; 0 trains all."""
+    output_norm: bool = False
+    """A LayerNorm on every level, as detectors on Swin have it; only for models that compute with channels last."""
     channels_last: bool = False
     """Memory layout of images and features; pays on GPUs with 16-bit convolutions."""
 
@@ -41,33 +44,41 @@ class BackboneConfig:
                 "pretrained=false needs norm: batch or group and frozen_stages: 0, or random layers would stay frozen"
             )
 
-    def build(self) -> Backbone:
+    def build(self, load_weights: bool = True) -> Backbone:
         """Make the model and load its weights.
+
+        Args:
+            load_weights: false where a checkpoint of the whole detector follows, so that ``pretrained`` is not needed.
 
         Raises:
             ValueError: unknown model, unsuitable strides, or weights that cannot be had.
         """
-        return Backbone(self)
+        return Backbone(self, load_weights)
 
 
 class Backbone(nn.Module):
     """Maps images to one feature map per configured stride."""
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, load_weights: bool = True) -> None:
         super().__init__()
         self.channels_last = config.channels_last
-        body = _create(config)
+        body = _create(config, load_weights)
         self.channels: tuple[int, ...] = tuple(body.feature_info.channels())
         if tuple(body.feature_info.reduction()) != config.strides:
             raise ValueError(
                 f"backbone {config.model} has no strides {list(config.strides)}: {body.feature_info.reduction()}"
             )
         self.body = body
+        self.features_come_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
         if config.norm == "frozen":
             self.body = freeze_batch_norm_2d(self.body)
         elif config.norm == "group":
             _batch_to_group_norm(self.body)
         _freeze_stages(self.body, config)
+        if config.output_norm and not self.features_come_last:
+            raise ValueError(f"model.backbone.output_norm: {config.model} computes with channels first")
+        norms = (nn.LayerNorm(channels) for channels in self.channels) if config.output_norm else ()
+        self.output_norms = nn.ModuleList(norms)
         if config.channels_last:
             self.to(memory_format=torch.channels_last)
 
@@ -81,14 +92,14 @@ class Backbone(nn.Module):
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         features = self.body(images)
-        # Some transformers return channels last; the width identifies them.
-        return [
-            feature if feature.shape[1] == channels else feature.permute(0, 3, 1, 2)
-            for feature, channels in zip(features, self.channels, strict=True)
-        ]
+        if self.features_come_last and self.output_norms:
+            features = [norm(feature) for norm, feature in zip(self.output_norms, features, strict=True)]
+        if self.features_come_last:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        return list(features)
 
 
-def _create(config: BackboneConfig) -> Any:
+def _create(config: BackboneConfig, load_weights: bool) -> Any:
     if not timm.is_model(config.model):
         raise ValueError(f"model.backbone.model: timm has no model '{config.model}'")
     options = _options(config.model)
@@ -97,18 +108,46 @@ def _create(config: BackboneConfig) -> Any:
     if missing:
         raise ValueError(f"model.backbone.strides: {config.model} offers {reductions}, not {missing}")
     options["out_indices"] = tuple(reductions.index(stride) for stride in config.strides)
+    if not load_weights:
+        return timm.create_model(config.model, features_only=True, pretrained=False, **options)
     if isinstance(config.pretrained, str):
-        options["pretrained_cfg_overlay"] = {"state_dict": _read_weights(config.pretrained), "num_classes": 0}
+        body = timm.create_model(config.model, features_only=True, pretrained=False, **options)
+        _load_weights(body, config.model, config.pretrained)
+        return body
     try:
-        return timm.create_model(config.model, features_only=True, pretrained=bool(config.pretrained), **options)
-    except (OSError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        if isinstance(config.pretrained, str):
-            raise ValueError(f"{config.pretrained}: does not fit backbone {config.model}: {reason}") from error
+        return timm.create_model(config.model, features_only=True, pretrained=config.pretrained, **options)
+    except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"the weights of {config.model} cannot be had ({reason}); without network set model.backbone.pretrained "
-            "to a local file, or to false (with norm: batch, frozen_stages: 0) to train from scratch"
+            f"the weights of {config.model} cannot be had ({' '.join(str(error).split())[:160]}); without network set "
+            "model.backbone.pretrained to a local file, or to false (with norm: batch, frozen_stages: 0) to train "
+            "from scratch"
         ) from error
+
+
+def _load_weights(body: nn.Module, name: str, path: str) -> None:
+    """Fill a cut model from a file for the whole model; every parameter and buffer must be in it."""
+    with torch.device("meta"):
+        whole = timm.create_model(name, pretrained=False, **_options(name))
+    state = _read_weights(path)
+    convert = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        state = convert(state, whole)
+    # Cut models name their parts with underscores where the whole model nests them: stages_0 was stages.0.
+    nested = {module.replace(".", "_"): module for module, _ in whole.named_modules() if module}
+    selected, missing = {}, []
+    for key, value in body.state_dict().items():
+        first, _, rest = key.partition(".")
+        source = f"{nested.get(first, first)}.{rest}"
+        if source in state and state[source].shape == value.shape:
+            selected[key] = state[source]
+        else:
+            missing.append(source)
+    if missing:
+        raise ValueError(
+            f"{path}: does not fit backbone {name}: {len(missing)} of {len(missing) + len(selected)} entries are absent "
+            f"or of another shape, the first is {missing[0]}"
+        )
+    body.load_state_dict(selected)
 
 
 def _probe(name: str) -> tuple[list[int], list[str]]:
@@ -120,8 +159,9 @@ def _probe(name: str) -> tuple[list[int], list[str]]:
 
 
 def _options(name: str) -> dict[str, Any]:
-    # Window transformers otherwise insist on the image size of their pretraining.
-    return {"strict_img_size": False} if "swin" in name else {}
+    # Window transformers otherwise insist on the image size of their pretraining, and do not shift the windows of
+    # stages that are a single window at that size.
+    return {"strict_img_size": False, "always_partition": True} if "swin" in name else {}
 
 
 def _read_weights(path: str) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ class Decoder(nn.Module):
         embed_dim: int,
         look_forward_twice: bool,
         padded_query_positions: bool,
+        prediction_eps: float = 1e-3,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -64,6 +65,7 @@ class Decoder(nn.Module):
         self.embed_dim = embed_dim
         self.look_forward_twice = look_forward_twice
         self.padded_query_positions = padded_query_positions
+        self.prediction_eps = prediction_eps
         self.gradient_checkpointing = False
 
     def forward(
@@ -101,7 +103,7 @@ class Decoder(nn.Module):
                 content = layer(*arguments)
             normalised = self.norm(content)
             logits.append(head.classify(normalised))
-            predicted.append(refine_boxes(previous, head.regress(normalised)))
+            predicted.append(refine_boxes(previous, head.regress(normalised), self.prediction_eps))
             # The published models refine with the features before the last normalisation, but predict with those
             # after it; with weights trained that way it makes a difference.
             refined = refine_boxes(boxes, head.regress(content))

@@ -59,6 +59,9 @@ class DINOConfig:
     """One class and box head for all decoder layers, or one for each; the encoder always has its own."""
     look_forward_twice: bool = True
     """Let the gradient of a layer's boxes reach the layer before."""
+    prediction_eps: float = 1e-3
+    """How near to 0 or 1 a box may be when its logit is taken to predict from it (mmdetection: 1e-5). The boxes
+    passed from layer to layer always use 1e-3."""
     denoising: DenoisingConfig | None = field(default_factory=DenoisingConfig)
     """Contrastive denoising in training; null switches it off."""
     detections_per_image: int = 300
@@ -75,10 +78,17 @@ class DINOConfig:
             )
         if min(self.encoder_layers, self.decoder_layers, self.num_queries, self.num_points) < 1:
             raise ValueError("encoder_layers, decoder_layers, num_queries and num_points must be at least 1")
+        if not 0 < self.prediction_eps < 0.5:
+            raise ValueError(f"prediction_eps must lie between 0 and 0.5, found {self.prediction_eps}")
 
-    def build(self, num_classes: int) -> DINO:
-        """Make the model, initialised as published."""
-        return DINO(self, num_classes)
+    def build(self, num_classes: int, load_backbone: bool = True) -> DINO:
+        """Make the model, initialised as published.
+
+        Args:
+            num_classes: rows of the class heads.
+            load_backbone: false where a checkpoint follows, so that the pretrained backbone need not be at hand.
+        """
+        return DINO(self, num_classes, load_backbone)
 
 
 class EncodedImages(NamedTuple):
@@ -95,13 +105,13 @@ class EncodedImages(NamedTuple):
 class DINO(nn.Module):
     """The detector; its parts are attributes named for what they are."""
 
-    def __init__(self, config: DINOConfig, num_classes: int) -> None:
+    def __init__(self, config: DINOConfig, num_classes: int, load_backbone: bool = True) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError("a detector needs at least one class")
         self.config, self.num_classes = config, num_classes
         dim = config.embed_dim
-        self.backbone = config.backbone.build()
+        self.backbone = config.backbone.build(load_backbone)
         self.neck = Neck(self.backbone.channels, dim, config.num_levels)
         self.level_embedding = nn.Parameter(torch.empty(config.num_levels, dim).normal_())
         shape = (dim, config.num_heads, config.num_levels, config.num_points, config.ffn_dim, config.dropout)
@@ -111,7 +121,9 @@ class DINO(nn.Module):
         )
         self.query_content = nn.Embedding(config.num_queries, dim)
         layers = [DecoderLayer(*shape) for _ in range(config.decoder_layers)]
-        self.decoder = Decoder(layers, dim, config.look_forward_twice, config.padded_query_positions)
+        self.decoder = Decoder(
+            layers, dim, config.look_forward_twice, config.padded_query_positions, config.prediction_eps
+        )
         num_heads = 1 if config.shared_heads else config.decoder_layers
         self.heads = nn.ModuleList(PredictionHeads(dim, num_classes) for _ in range(num_heads))
         self.denoising = None if config.denoising is None else DenoisingGenerator(config.denoising, num_classes, dim)
