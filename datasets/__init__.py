@@ -1,0 +1,117 @@
+"""Data sets, augmentation and loading.
+
+The index of data sets is ``DatasetConfig``, that of transforms ``Transform``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from datasets.annotations import Category, CleaningReport
+from datasets.coco import CocoConfig, CocoDataset
+from datasets.collate import Collate
+from datasets.loaders import EvalLoader, TrainLoader, WorkerPool, WorkerStart
+from datasets.samplers import EvalBatchSampler, TrainBatchSampler, mix_seed
+from datasets.transforms import Transform, final_size
+
+__all__ = [
+    "Category",
+    "CleaningReport",
+    "CocoConfig",
+    "CocoDataset",
+    "DataConfig",
+    "DatasetConfig",
+    "EvalLoader",
+    "TrainLoader",
+    "Transform",
+    "mix_seed",
+]
+
+DatasetConfig = CocoConfig
+"""A further kind of data set joins here, as `CocoConfig | OtherConfig`, told apart by ``name``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training and validation data, and how they are loaded."""
+
+    train: DatasetConfig
+    """The training split."""
+    val: DatasetConfig
+    """The split that is evaluated."""
+    batch_size: int = 16
+    """Images in an optimizer step, over all processes and accumulation steps."""
+    eval_batch_size: int = 2
+    """The most images in an evaluation batch of one process; only images of equal size share one."""
+    num_workers: int = 4
+    """Data-loading processes of each training process; 0 loads in the training process itself."""
+    worker_start: WorkerStart = "fork"
+    """How worker processes are started."""
+    prefetch: int = 2
+    """Micro-batches that each worker prepares ahead."""
+    pad_multiple: int = 1
+    """Height and width of a batch are rounded up to a multiple of this."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of the red, green and blue channel, for pixels in [0, 1] (ImageNet's by default)."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of the channels."""
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.eval_batch_size, self.prefetch, self.pad_multiple) < 1:
+            raise ValueError("data: batch_size, eval_batch_size, prefetch and pad_multiple must be at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must not be negative, got {self.num_workers}")
+        if min(self.std) <= 0:
+            raise ValueError(f"data.std must be positive, got {list(self.std)}")
+        final_size(self.val.transforms, (1, 1))
+
+    def build_datasets(self) -> tuple[CocoDataset, CocoDataset]:
+        """(training, validation) data set; both use the classes of the training annotations.
+
+        Raises:
+            FileNotFoundError: a file or directory is missing.
+            ValueError: annotations cannot be used, or the two splits contradict each other.
+        """
+        train = self.train.build(split="train")
+        return train, self.val.build(split="val", categories=train.categories)
+
+    def build_train_loader(
+        self, dataset: CocoDataset, *, seed: int, rank: int = 0, world_size: int = 1, accumulation_steps: int = 1
+    ) -> TrainLoader:
+        """Batches of this rank.
+
+        Raises:
+            ValueError: ``batch_size`` cannot be divided over processes and accumulation steps, or exceeds the data set.
+        """
+        sampler = TrainBatchSampler(
+            len(dataset),
+            self.batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            accumulation_steps=accumulation_steps,
+        )
+        return TrainLoader(self._pool(dataset, sampler, training=True), sampler)
+
+    def build_val_loader(self, dataset: CocoDataset, *, rank: int = 0, world_size: int = 1) -> EvalLoader:
+        """This rank's share of the validation images."""
+        sizes = [self._size_in_model(dataset, index) for index in range(len(dataset))]
+        sampler = EvalBatchSampler(sizes, self.eval_batch_size, rank=rank, world_size=world_size)
+        return EvalLoader(self._pool(dataset, sampler, training=False), sampler)
+
+    def _size_in_model(self, dataset: CocoDataset, index: int) -> tuple[int, int]:
+        size = dataset.stated_size(index)
+        return size if size == (0, 0) else final_size(self.val.transforms, size)
+
+    def _pool(
+        self, dataset: CocoDataset, sampler: TrainBatchSampler | EvalBatchSampler, *, training: bool
+    ) -> WorkerPool:
+        return WorkerPool(
+            dataset,
+            sampler,
+            Collate(self.mean, self.std, self.pad_multiple, equal_sizes=not training),
+            num_workers=self.num_workers,
+            worker_start=self.worker_start,
+            prefetch=self.prefetch,
+            persistent=training,
+        )

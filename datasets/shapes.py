@@ -125,7 +125,7 @@ _RING_HOLE = 0.55
 def _outline(
     name: str, size: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Corner points [n, 2] around the origin, rotated at random, whose longer extent is ``size``; and those of the hole."""
+    """Corners [n, 2] around the origin, turned at random, whose longer extent is ``size``; and those of the hole."""
     angle = rng.uniform(0, 2 * math.pi)
     stretch = rng.uniform(0.8, 1.0)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -151,7 +151,7 @@ def _place(label: int, size: float, canvas: int, rng: np.random.Generator) -> _P
 
     fine = np.asarray(mask) > 0
     left, top = np.maximum(origin, 0)
-    right, bottom = np.minimum(origin + (width, height), canvas)
+    right, bottom = np.minimum(origin + np.array([width, height]), canvas)
     inside = fine[
         (top - origin[1]) * _SUPERSAMPLING : (bottom - origin[1]) * _SUPERSAMPLING,
         (left - origin[0]) * _SUPERSAMPLING : (right - origin[0]) * _SUPERSAMPLING,

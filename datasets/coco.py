@@ -1,0 +1,253 @@
+"""Detection data sets in COCO layout: a directory of images and one annotation file."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.datasets import CocoDetection, VisionDataset
+
+from datasets.annotations import (
+    Category,
+    CleaningReport,
+    PackedAnnotations,
+    pack_annotations,
+    read_annotation_file,
+    read_categories,
+)
+from datasets.images import UnreadableImageError, read_image, read_size
+from datasets.transforms import Transform, apply_transforms, relative_boxes
+
+Split = Literal["train", "val"]
+
+MAX_REPLACEMENTS = 16
+"""So many images in a row may be unreadable before training stops: then it is the disk, not the image."""
+
+
+class SampleKey(NamedTuple):
+    """What samplers ask a data set for."""
+
+    image_index: int
+    """Position in the data set."""
+    seed: int
+    """Source of everything random about the sample."""
+
+
+class Sample(NamedTuple):
+    """One image as a worker hands it to the collation."""
+
+    image: Tensor
+    """[3, H, W] uint8 RGB after augmentation."""
+    boxes: Tensor
+    """[n, 4] float32 cxcywh in [0, 1] of ``image``."""
+    labels: Tensor
+    """[n] int64."""
+    image_id: int
+    """As in the annotation file."""
+    original_size: tuple[int, int]
+    """(height, width) to which annotated boxes refer."""
+    seed: int
+    """Of the key it was asked for with."""
+
+
+class LoadedSample(NamedTuple):
+    """A sample and what was skipped on the way to it."""
+
+    sample: Sample | None
+    """None where an evaluation image, or too many training images in a row, cannot be read."""
+    skipped: tuple[tuple[int, str], ...]
+    """(image id, reason) of each unreadable image."""
+
+
+class CocoDataset(CocoDetection):
+    """torchvision's CocoDetection, with the annotations cleaned and packed instead of held as Python objects.
+
+    ``dataset[SampleKey(index, seed)]`` is a ``LoadedSample``. An unreadable training image is replaced by the next one
+    in the file, so that batches keep their size and every split of a batch over processes sees the same replacement. An
+    unreadable evaluation image is left out: its objects count as missed.
+    """
+
+    # CocoDetection's own constructor would load the annotations as Python objects.
+    def __init__(
+        self,
+        images: Path | str,
+        annotations: PackedAnnotations,
+        categories: tuple[Category, ...],
+        report: CleaningReport,
+        transforms: tuple[Transform, ...],
+        training: bool,
+    ) -> None:
+        VisionDataset.__init__(self, str(images))
+        self.annotations = annotations
+        self.categories = categories
+        """Index = label."""
+        self.report = report
+        """What was cleaned away."""
+        self.augmentation = transforms
+        self.training = training
+
+    @property
+    def ids(self) -> list[int]:
+        """Image ids in order, as torchvision names them."""
+        ids: list[int] = self.annotations.image_ids.tolist()
+        return ids
+
+    def __len__(self) -> int:
+        return len(self.annotations.image_ids)
+
+    def image_path(self, index: int) -> Path:
+        return Path(self.root) / self.annotations.file_name(index)
+
+    def stated_size(self, index: int) -> tuple[int, int]:
+        """(height, width) in the annotation file, read from the image's header where missing; (0, 0) if unreadable."""
+        height, width = self.annotations.sizes[index].tolist()
+        if (height, width) == (0, 0):
+            try:
+                return read_size(self.image_path(index))
+            except UnreadableImageError:
+                pass
+        return height, width
+
+    def load(self, index: int) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+        """Image [3, H, W] uint8, boxes [n, 4] xyxy in its pixels, labels [n], and the annotated (height, width).
+
+        Raises:
+            UnreadableImageError: it cannot be read, or its shape contradicts the annotation file.
+        """
+        path = self.image_path(index)
+        height, width = self.annotations.sizes[index].tolist()
+        image = read_image(path, (height, width))
+        boxes, labels = self.annotations.targets(index)
+        found_height, found_width = image.shape[1:]
+        if (height, width) in ((0, 0), (found_height, found_width)):
+            return image, boxes, labels, (found_height, found_width)
+        # A resized copy of what was annotated keeps its aspect ratio, up to rounding; anything else is another picture.
+        if abs(found_height * width - found_width * height) > max(height, width):
+            raise UnreadableImageError(
+                f"{path}: it has {found_width} x {found_height} pixels, its annotation says {width} x {height}"
+            )
+        scale = torch.tensor([found_width / width, found_height / height] * 2)
+        return image, boxes * scale, labels, (height, width)
+
+    def __getitem__(self, key: SampleKey) -> LoadedSample:
+        skipped: list[tuple[int, str]] = []
+        for attempt in range(min(MAX_REPLACEMENTS, len(self)) if self.training else 1):
+            index = (key.image_index + attempt) % len(self)
+            image_id = int(self.annotations.image_ids[index])
+            try:
+                image, boxes, labels, original_size = self.load(index)
+            except UnreadableImageError as error:
+                skipped.append((image_id, str(error)))
+                continue
+            result = apply_transforms(self.augmentation, image, boxes, labels, key.seed)
+            sample = Sample(
+                result.image.as_subclass(Tensor),
+                relative_boxes(result),
+                result.labels,
+                image_id,
+                original_size,
+                key.seed,
+            )
+            return LoadedSample(sample, tuple(skipped))
+        return LoadedSample(None, tuple(skipped))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoConfig:
+    """One split of a data set in COCO format."""
+
+    name: Literal["coco"] = "coco"
+    """Kind of data set."""
+    images: str
+    """Directory of the image files."""
+    annotations: str
+    """COCO annotation file (JSON)."""
+    transforms: tuple[Transform, ...] = ()
+    """Augmentation, in order; evaluation allows resizes only."""
+
+    def build(self, *, split: Split, categories: tuple[Category, ...] | None = None) -> CocoDataset:
+        """Reads and cleans the annotations.
+
+        Args:
+            split: images of "train" that are absent or unreadable are skipped; those of "val" count as missed.
+            categories: the classes to map to; None: those of the annotation file.
+
+        Raises:
+            FileNotFoundError: the annotation file or the image directory does not exist.
+            ValueError: the annotations cannot be used, or contradict ``categories``.
+        """
+        self._check_paths(split)
+        content = read_annotation_file(self.annotations)
+        own = read_categories(content, self.annotations)
+        if categories is not None:
+            _check_categories(own, categories, content, self.annotations)
+        packed, report = pack_annotations(content, self.annotations, categories or own)
+        training = split == "train"
+        absent = _absent_files(Path(self.images), packed)
+        for index in absent:
+            consequence = "skipped" if training else "its objects count as missed"
+            report.add(f"image listed but absent, {consequence}", packed.file_name(index))
+        if len(absent) == len(packed.image_ids):
+            raise FileNotFoundError(
+                f"none of the {len(absent)} images of {self.annotations} is in {self.images} "
+                f"(the first is {packed.file_name(0)}): set data.{split}.images to their directory"
+            )
+        if training and absent:
+            present = torch.ones(len(packed.image_ids), dtype=torch.bool)
+            present[torch.tensor(absent)] = False
+            packed = packed.select(present.nonzero()[:, 0])
+        if training and not len(packed.labels):
+            raise ValueError(
+                f"{self.annotations} has no usable box to train on: {'; '.join(report.lines()) or 'no annotations'}"
+            )
+        return CocoDataset(self.images, packed, categories or own, report, self.transforms, training)
+
+    def _check_paths(self, split: Split) -> None:
+        hint = (
+            f"data.{split}.annotations must name a COCO-format JSON file and data.{split}.images the directory of its "
+            "images; to try without data of your own run `make quickstart`"
+        )
+        if not Path(self.annotations).is_file():
+            raise FileNotFoundError(f"no annotation file {self.annotations}: {hint}")
+        if not Path(self.images).is_dir():
+            raise FileNotFoundError(f"no image directory {self.images}: {hint}")
+
+
+def _check_categories(
+    own: tuple[Category, ...], expected: tuple[Category, ...], content: dict[str, Any], path: str
+) -> None:
+    names = dict(expected)
+    for category in own:
+        if category.id in names and names[category.id] != category.name:
+            raise ValueError(
+                f"{path}: category {category.id} is {category.name!r}, but {names[category.id]!r} in the training data"
+            )
+    unknown = {category.id: category.name for category in own if category.id not in names}
+    found: set[int] = set()
+    for entry in content["annotations"] if unknown else ():
+        if isinstance(entry, dict) and isinstance(category_id := entry.get("category_id"), int):
+            found.add(category_id)
+    if contradicting := sorted(unknown.keys() & found):
+        shown = ", ".join(f"{category_id} ({unknown[category_id]})" for category_id in contradicting[:5])
+        raise ValueError(f"{path}: it has objects of categories that the training data does not know: {shown}")
+
+
+def _absent_files(root: Path, annotations: PackedAnnotations) -> list[int]:
+    """Indices of images whose file does not exist; lists each directory once instead of asking for each file."""
+    by_directory: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for index in range(len(annotations.image_ids)):
+        directory, name = os.path.split(annotations.file_name(index))
+        by_directory[directory].append((index, name))
+    absent: list[int] = []
+    for directory, members in by_directory.items():
+        try:
+            present = set(os.listdir(root / directory))
+        except OSError:
+            present = set()
+        absent.extend(index for index, name in members if name not in present)
+    return sorted(absent)

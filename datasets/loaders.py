@@ -1,0 +1,195 @@
+"""Loading batches in worker processes, and carrying on when one of them dies."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from itertools import islice
+from typing import Literal
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from datasets.coco import CocoDataset, SampleKey
+from datasets.collate import Collate, Loaded
+from datasets.samplers import EvalBatchSampler, TrainBatchSampler
+from structures import Batch
+
+WorkerStart = Literal["fork", "spawn", "forkserver"]
+
+MAX_RESTARTS = 3
+"""So often in a row, without a batch in between, workers may die before loading gives up."""
+
+_logger = logging.getLogger(__name__)
+
+
+class SkippedImages:
+    """Which images could not be read so far, and how often one was asked for."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[int, str] = {}
+        """By image id."""
+        self.count = 0
+        """Every time counts, in this process."""
+
+    def add(self, skipped: tuple[tuple[int, str], ...]) -> None:
+        for image_id, reason in skipped:
+            self.count += 1
+            if image_id not in self.reasons:
+                self.reasons[image_id] = reason
+                _logger.warning("skipped unreadable image %d: %s", image_id, reason)
+
+
+class _Rest(Sampler[list[SampleKey]]):
+    """What another sampler yields after the first ``done`` batches."""
+
+    def __init__(self, sampler: Sampler[list[SampleKey]]) -> None:
+        self.sampler = sampler
+        self.done = 0
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        return islice(iter(self.sampler), self.done, None)
+
+
+class WorkerPool:
+    """A torch DataLoader that is started again, at the place reached, when one of its workers dies."""
+
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        sampler: Sampler[list[SampleKey]],
+        collate: Collate,
+        *,
+        num_workers: int,
+        worker_start: WorkerStart,
+        prefetch: int,
+        persistent: bool,
+    ) -> None:
+        self.dataset, self.sampler, self.collate = dataset, _Rest(sampler), collate
+        self.num_workers, self.worker_start, self.prefetch = num_workers, worker_start, prefetch
+        self.persistent = persistent
+        self.restarts = 0
+        """How often workers died and were replaced."""
+        self._loader: DataLoader[Loaded] | None = None
+
+    def __iter__(self) -> Iterator[Loaded]:
+        """Goes through what the sampler yields from its present position.
+
+        Raises:
+            RuntimeError: workers died again and again.
+        """
+        self.sampler.done = 0
+        failures, cause = 0, ""
+        while failures <= MAX_RESTARTS:
+            try:
+                for loaded in self._start():
+                    self.sampler.done += 1
+                    failures = 0
+                    yield loaded
+                return
+            except RuntimeError as error:
+                cause = str(error).splitlines()[0]
+                if not cause.startswith("DataLoader worker (pid"):
+                    raise
+            # Outside the except block, where nothing holds on to the broken loader any more.
+            self._loader = None
+            failures += 1
+            self.restarts += 1
+            _logger.warning("%s; starting the data-loading workers again", cause)
+        raise RuntimeError(
+            f"data-loading workers died {failures} times in a row ({cause}): they may be out of memory or of "
+            "shared memory; try a smaller data.num_workers, or 0 to see the error itself"
+        )
+
+    def _start(self) -> Iterator[Loaded]:
+        if self._loader is None or not self.persistent:
+            self._loader = self._make_loader()
+        if not self.num_workers:
+            return iter(self._loader)
+        previous = signal.getsignal(signal.SIGCHLD)
+        iterator = iter(self._loader)
+        if signal.getsignal(signal.SIGCHLD) is not previous:
+            # torch's handler raises wherever the main thread happens to be when a worker dies, be it in the optimizer.
+            # Without it the death is noticed where it can be handled: when the next batch does not come.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
+        return iterator
+
+    def _make_loader(self) -> DataLoader[Loaded]:
+        workers = self.num_workers > 0
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            multiprocessing_context=multiprocessing.get_context(self.worker_start) if workers else None,
+            prefetch_factor=self.prefetch if workers else None,
+            persistent_workers=workers and self.persistent,
+            worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(),
+            # Without its own generator a loader draws from the global one of the main process.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+
+def _start_worker(worker: int) -> None:
+    """Runs in each worker. Ctrl-C reaches the whole process group, but when to stop is for the main process to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class TrainLoader:
+    """Batches for training, one optimizer step at a time."""
+
+    def __init__(self, pool: WorkerPool, sampler: TrainBatchSampler) -> None:
+        self._pool, self._sampler = pool, sampler
+        self.skipped = SkippedImages()
+        """Unreadable images met by this process."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps; an incomplete last global batch is left out."""
+        return self._sampler.steps_per_epoch
+
+    @property
+    def worker_restarts(self) -> int:
+        """How often dead workers were replaced."""
+        return self._pool.restarts
+
+    def iterate(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each optimizer step of an epoch, from ``start_step`` on.
+
+        Raises:
+            ValueError: hardly an image can be read.
+            RuntimeError: workers died again and again.
+        """
+        self._sampler.set_position(epoch, start_step)
+        step: list[Batch] = []
+        for loaded in self._pool:
+            self.skipped.add(loaded.skipped)
+            if not loaded.batches:
+                count, (_, reason) = len(loaded.skipped), loaded.skipped[-1]
+                raise ValueError(f"{count} training images in a row cannot be read, the last one {reason}")
+            step.extend(loaded.batches)
+            if len(step) == self._sampler.accumulation_steps:
+                yield step
+                step = []
+
+
+class EvalLoader:
+    """Batches for evaluation; every image is on one rank, once. Ranks may have different numbers of batches."""
+
+    def __init__(self, pool: WorkerPool, sampler: EvalBatchSampler) -> None:
+        self._pool, self._sampler = pool, sampler
+        self.skipped = SkippedImages()
+        """Unreadable images met by this process; nothing is detected in them."""
+
+    def __len__(self) -> int:
+        """Batches of this rank (the files' sizes may force a few more, see ``Collate``)."""
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for loaded in self._pool:
+            self.skipped.add(loaded.skipped)
+            yield from loaded.batches
