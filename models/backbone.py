@@ -144,7 +144,7 @@ def _load_weights(body: nn.Module, name: str, path: str) -> None:
             missing.append(source)
     if missing:
         raise ValueError(
-            f"{path}: does not fit backbone {name}: {len(missing)} of {len(missing) + len(selected)} entries are absent "
+            f"{path}: does not fit backbone {name}: {len(missing)} of {len(missing) + len(selected)} entries absent "
             f"or of another shape, the first is {missing[0]}"
         )
     body.load_state_dict(selected)

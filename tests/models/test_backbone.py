@@ -1,0 +1,102 @@
+"""Backbones by name: shapes, freezing, norms, and errors a user can act on."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from models import BackboneConfig
+
+
+def scratch(**options):
+    return BackboneConfig(**{"pretrained": False, "norm": "batch", "frozen_stages": 0, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("resnet18", (128, 256, 512)),
+        ("convnext_atto", (80, 160, 320)),
+        ("swin_tiny_patch4_window7_224", (192, 384, 768)),
+    ],
+)
+def test_levels_of_any_timm_model(name, channels):
+    backbone = scratch(model=name).build().eval()
+    assert backbone.channels == channels
+    with torch.no_grad():
+        features = backbone(torch.randn(1, 3, 100, 132))
+    assert [f.shape[1] for f in features] == list(channels)
+    assert [abs(f.shape[2] - 100 / s) <= 1 for f, s in zip(features, (8, 16, 32), strict=True)] == [True] * 3
+
+
+def weight_file(tmp_path, name="resnet18"):
+    torch.manual_seed(5)
+    path = tmp_path / "weights.pth"
+    model = timm.create_model(name)
+    torch.save(model.state_dict(), path)
+    return path, model
+
+
+def test_weights_from_a_file_and_what_is_frozen(tmp_path):
+    path, source = weight_file(tmp_path)
+    backbone = BackboneConfig(model="resnet18", pretrained=str(path)).build()
+    torch.testing.assert_close(backbone.body.layer3[0].conv1.weight, source.layer3[0].conv1.weight)
+    trainable = {name.split(".")[1] for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trainable == {"layer2", "layer3", "layer4"}
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+    # Frozen statistics: training mode and evaluation mode agree, and nothing moves.
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(backbone.train()(images), backbone.eval()(images))
+
+
+def test_wrapped_state_dict_and_foreign_files(tmp_path):
+    path, _ = weight_file(tmp_path)
+    torch.save({"state_dict": torch.load(path)}, tmp_path / "wrapped.pth")
+    BackboneConfig(model="resnet18", pretrained=str(tmp_path / "wrapped.pth")).build()
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text\.pth: not a readable weight file"):
+        BackboneConfig(model="resnet18", pretrained=str(tmp_path / "text.pth")).build()
+    with pytest.raises(ValueError, match="does not fit backbone resnet50"):
+        BackboneConfig(model="resnet50", pretrained=str(path)).build()
+    with pytest.raises(ValueError, match="no such file"):
+        BackboneConfig(pretrained=str(tmp_path / "none.pth")).build()
+
+
+def test_without_network_the_error_says_what_to_set(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(timm, "create_model", _fail_when_pretrained(timm.create_model, refuse))
+    with pytest.raises(ValueError, match=r"model\.backbone\.pretrained to a local file, or to false"):
+        BackboneConfig().build()
+
+
+def _fail_when_pretrained(create, refuse):
+    return lambda *args, **options: (refuse if options.get("pretrained") else create)(*args, **options)
+
+
+def test_group_norm_replaces_every_batch_norm_and_keeps_activations():
+    backbone = scratch(model="regnetx_002", norm="group").build()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+    assert any(isinstance(module, nn.GroupNorm) for module in backbone.modules())
+    assert sum(isinstance(module, nn.ReLU) for module in backbone.modules()) > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pretrained": False}, "random layers would stay frozen"),
+        ({"strides": (16, 8)}, "ascend"),
+    ],
+)
+def test_settings_that_make_no_sense(options, words):
+    with pytest.raises(ValueError, match=words):
+        BackboneConfig(**options)
+
+
+@pytest.mark.parametrize(("options", "words"), [({"model": "resnet_18"}, "no model"), ({"strides": (8, 64)}, "offers")])
+def test_models_and_strides_that_do_not_exist(options, words):
+    with pytest.raises(ValueError, match=words):
+        scratch(**{"model": "resnet18", **options}).build()
