@@ -137,7 +137,7 @@ def load(path: Path) -> Loaded:
     state = read_file(path)
     if not isinstance(state, dict) or "format" not in state or "weights" not in state:
         raise CheckpointError(
-            f"{path}: not a checkpoint of this program (to take only weights from it: --init-from){_usable_beside(path)}"
+            f"{path}: not a checkpoint of this program (for its weights only: --init-from){_usable_beside(path)}"
         )
     if state["format"] != FORMAT:
         raise CheckpointError(

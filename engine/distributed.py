@@ -102,15 +102,6 @@ def host_sum(values: Sequence[int]) -> list[int]:
     return cast("list[int]", tensor.tolist())
 
 
-def host_max(values: Sequence[int]) -> list[int]:
-    """Element-wise maximum of a few integers over all processes."""
-    if not is_connected():
-        return list(values)
-    tensor = torch.tensor(list(values), dtype=torch.int64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return cast("list[int]", tensor.tolist())
-
-
 def gather(value: T) -> list[T]:
     """The value of every process, in order of rank, on every process; for small plain values."""
     if not is_connected():

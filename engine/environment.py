@@ -1,0 +1,66 @@
+"""What a run was made of: recorded once at every start, so that its numbers can be traced."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import distributed
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pycocotools", "pillow")
+
+
+def describe_environment(seed: int, device: torch.device) -> dict[str, Any]:
+    """Seed, command, source revision, versions and devices, as plain values."""
+    commit, dirty = _revision(Path(__file__).resolve().parent.parent)
+    return {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "seed": seed,
+        "commit": commit,
+        "dirty": dirty,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "processes": distributed.world_size(),
+        "devices": sorted(set(distributed.gather(_device_name(device)))),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.processor() or platform.machine()})"
+
+
+def _revision(directory: Path) -> tuple[str | None, bool | None]:
+    """Commit of the source and whether it has uncommitted changes; (None, None) outside a git checkout."""
+    try:
+        commit = _git(directory, "rev-parse", "HEAD")
+        return commit, bool(_git(directory, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    result = subprocess.run(
+        ["git", "-C", str(directory), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
+    return result.stdout.strip()

@@ -1,0 +1,226 @@
+"""What a person and a program can follow: log.txt and the terminal, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import distributed
+from engine.run_directory import LOG, METRICS
+
+
+def configure(directory: Path | None) -> None:
+    """Send the log of all modules to the terminal and, where given, to ``log.txt``.
+
+    Only the first process shows ordinary messages; the others show warnings, each with its rank.
+    """
+    if distributed.is_main():
+        handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+        if directory is not None:
+            handlers.append(logging.FileHandler(directory / LOG, encoding="utf-8"))
+        level, form = logging.INFO, "%(asctime)s %(message)s"
+    else:
+        handlers = [logging.StreamHandler(sys.stderr)]
+        level, form = logging.WARNING, f"%(asctime)s rank {distributed.rank()}: %(message)s"
+    logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", handlers=handlers, force=True)
+
+
+class Records:
+    """Writer of metrics.jsonl and TensorBoard events; does nothing on processes other than the first."""
+
+    def __init__(self, directory: Path, step: int) -> None:
+        """Open the files of a run that starts or goes on after ``step`` optimizer steps."""
+        self._active = distributed.is_main()
+        if self._active:
+            # Imported here: it takes seconds, and processes that write nothing do not need it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._file = (directory / METRICS).open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl, and its numbers to TensorBoard under ``kind/``."""
+        if not self._active:
+            return
+        line = {"kind": kind, "step": step, **record}
+        self._file.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
+        self._file.flush()
+        for name, value in _scalars(record):
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._board.flush()
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Show an image file in TensorBoard."""
+        if self._active:
+            from torchvision.io import ImageReadMode, read_image
+
+            self._board.add_image(name, read_image(str(path), ImageReadMode.RGB), step)
+            self._board.flush()
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._active:
+            self._file.close()
+            self._board.close()
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinity, which JSON does not know, as null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    result: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            result.extend(_scalars(value, f"{prefix}{key}/"))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            result.append((prefix + key, float(value)))
+    return result
+
+
+class Progress:
+    """Loss and speed since the last line, and the time that remains."""
+
+    def __init__(self, total_steps: int, steps_per_epoch: int, device: torch.device) -> None:
+        self._total, self._per_epoch, self._device = total_steps, steps_per_epoch, device
+        self._sums: dict[str, torch.Tensor] = {}
+        self._steps = self._images = 0
+        self._waited = self._seconds = 0.0
+
+    def add_values(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Add one micro-batch's detached scalars; they stay on the device until the next line."""
+        for name, value in values.items():
+            known = self._sums.get(name)
+            self._sums[name] = value.detach().float() if known is None else known + value.detach().float()
+
+    def end_step(self, images: int, seconds: float, waited: float) -> None:
+        """Count one optimizer step.
+
+        Args:
+            images: in the global batch.
+            seconds: the step took, waiting included; what happens between steps does not count as training speed.
+            waited: seconds of it this process waited for data.
+        """
+        self._steps += 1
+        self._images += images
+        self._seconds += seconds
+        self._waited += waited
+
+    def summarise(self, step: int) -> dict[str, Any]:
+        """Means since the last call, over steps and summed over processes; all processes must call it together."""
+        names = list(self._sums)
+        stacked = torch.stack([self._sums[name] for name in names]).tolist() if names else []
+        means: dict[str, float] = {}
+        for part in distributed.gather(dict(zip(names, stacked, strict=True))):
+            for name, value in part.items():
+                means[name] = means.get(name, 0.0) + value / self._steps
+        seconds = max(self._seconds, 1e-9)
+        record: dict[str, Any] = {
+            "epoch": round(step / self._per_epoch, 4),
+            **{name: value for name, value in means.items() if "/" not in name},
+            "seconds_per_step": seconds / self._steps,
+            "images_per_second": self._images / seconds,
+            "data_wait": min(1.0, self._waited / seconds),
+            "memory_gib": memory_gib(self._device),
+            "eta_seconds": seconds / self._steps * (self._total - step),
+            "terms": {name.removeprefix("terms/"): v for name, v in means.items() if name.startswith("terms/")},
+        }
+        processes = distributed.world_size()
+        # Terms add up over processes to those of the global batch; diagnostics describe a process and are averaged.
+        record["diagnostics"] = {
+            name.removeprefix("diagnostics/"): value / processes
+            for name, value in means.items()
+            if name.startswith("diagnostics/")
+        }
+        self._sums, self._steps, self._images, self._seconds, self._waited = {}, 0, 0, 0.0, 0.0
+        return record
+
+    def line(self, step: int, record: Mapping[str, Any]) -> str:
+        """One line for a person."""
+        eta = int(record["eta_seconds"])
+        return "  ".join(
+            [
+                f"epoch {record['epoch']:.2f}/{self._total / self._per_epoch:.4g}",
+                f"step {step}/{self._total}",
+                f"loss {record['loss']:.3f}",
+                *_last_terms(record["terms"]),
+                f"grad {record['grad_norm']:.3g}",
+                f"lr {record['lr']:.2e}",
+                f"{record['seconds_per_step']:.3f} s/step",
+                f"{record['images_per_second']:.1f} img/s",
+                f"data {100 * record['data_wait']:.0f}%",
+                f"{record['memory_gib']:.2f} GiB",
+                f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}",
+            ]
+        )
+
+
+def _last_terms(terms: Mapping[str, float]) -> list[str]:
+    """The loss terms of the last decoder layer, which is the result."""
+    layers = [int(part) for name in terms if (part := name.partition("/")[0].removeprefix("decoder.")).isdigit()]
+    prefix = f"decoder.{max(layers, default=0)}/"
+    return [f"{name.removeprefix(prefix)} {value:.3f}" for name, value in terms.items() if name.startswith(prefix)]
+
+
+def memory_gib(device: torch.device) -> float:
+    """Largest memory allocated on a CUDA device so far; elsewhere the memory the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def banner(
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    precision: str,
+    batch_size: int,
+    accumulation_steps: int,
+    steps_per_epoch: int,
+    total_steps: int,
+    warmup_steps: int,
+    num_classes: int,
+    images: Sequence[int],
+    op_backend: str,
+    ema_decay: float | None,
+) -> list[str]:
+    """Lines that say what is going to run."""
+    world = distributed.world_size()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rates = ", ".join(f"{group['name']} {group['base_lr']:.3g}" for group in optimizer.param_groups)
+    local = batch_size // (world * accumulation_steps)
+    return [
+        f"devices: {world} × {device.type} ({name}), precision {precision}, op backend {op_backend}",
+        f"batch: {batch_size} images a step = {world} processes × {accumulation_steps} accumulated × {local}",
+        f"data: {images[0]} training images, {images[1]} validation images, {num_classes} classes",
+        f"length: {total_steps} steps = {total_steps / steps_per_epoch:.4g} epochs of {steps_per_epoch}; "
+        f"warm-up {warmup_steps} steps ({100 * warmup_steps / total_steps:.1f}%)",
+        f"learning rates: {rates}",
+        f"parameters: {total / 1e6:.2f} M, trainable {trainable / 1e6:.2f} M; "
+        + (f"averaged weights with decay {ema_decay}" if ema_decay is not None else "no averaged weights"),
+    ]

@@ -1,0 +1,99 @@
+"""The directory of one run: claimed by one process at a time, never mixed with another run's files."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from engine import checkpoint
+
+CONFIG, METRICS, LOG, ENVIRONMENT, LOCK = "config.yaml", "metrics.jsonl", "log.txt", "environment.jsonl", ".lock"
+CURVES, PREDICTIONS = "curves.png", "predictions.png"
+
+
+class RunDirectory:
+    """Exclusive hold on an output directory, until :meth:`close` or the end of the process, however it ends."""
+
+    def __init__(self, path: Path, *, resuming: bool) -> None:
+        """Create the directory where it is missing, and claim it.
+
+        Args:
+            path: the run's output directory.
+            resuming: whether this run goes on with what the directory holds.
+
+        Raises:
+            ValueError: if it is not a writable directory, is in use, or holds another run.
+        """
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            # Checked by writing: permission bits say nothing about read-only or full file systems.
+            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(f"output_dir={path} cannot be written: {error.strerror}") from error
+        try:
+            self._claim(resuming)
+        except ValueError:
+            os.close(self._lock)
+            raise
+
+    def _claim(self, resuming: bool) -> None:
+        try:
+            # A record lock: the kernel drops it with this process, and forked data-loading workers do not inherit it.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(self._lock, 100, 0).decode(errors="replace").strip()
+            by = f" (process {owner})" if owner else ""
+            raise ValueError(
+                f"output_dir={self.path} is in use by another run{by}: choose another output_dir"
+            ) from error
+        if not resuming:
+            found = [
+                name for name in (checkpoint.LAST, checkpoint.BEST, METRICS, CONFIG) if (self.path / name).exists()
+            ]
+            if found:
+                raise ValueError(
+                    f"output_dir={self.path} already holds a run ({found[0]}): continue it with --resume auto, "
+                    "or choose another output_dir"
+                )
+        try:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+            for leftover in self.path.glob(".*.writing"):
+                leftover.unlink()
+        except OSError as error:
+            raise ValueError(f"output_dir={self.path} cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Give the directory free."""
+        os.close(self._lock)
+
+
+def forget_after(directory: Path, step: int, *, evaluated: bool) -> None:
+    """Remove records of what a resumed run is going to repeat, and lines a crash left half-written.
+
+    Args:
+        directory: of the run.
+        step: optimizer steps the resumed checkpoint has taken.
+        evaluated: whether its evaluation, if one is due there, is done.
+    """
+    file = directory / METRICS
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record: Any = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(record, dict):
+            continue
+        last = step if evaluated or record.get("kind") == "train" else step - 1
+        if record.get("step", 0) <= last:
+            kept.append(line + "\n")
+    temporary = file.with_name(f".{METRICS}.writing")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, file)

@@ -1,0 +1,164 @@
+"""One optimizer step, whose result does not depend on how its batch is split over processes and micro-batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from engine import distributed
+from structures import Batch, DetectorOutputs, LossOutput, Targets
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Criterion = Callable[[DetectorOutputs, Targets, float], LossOutput]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """Context in which the model runs at the given precision."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def configure_device(device: torch.device, *, tf32: bool = False, deterministic: bool = False) -> None:
+    """Set what is global to the process.
+
+    Args:
+        device: of this process; the CPU is always made deterministic.
+        tf32: whether fp32 matrix products on CUDA may round their inputs to TF32.
+        deterministic: whether CUDA must give the same bits every time.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    if device.type == "cpu" or deterministic:
+        # Warnings only: what has no deterministic form is not worth refusing to train.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.backends.cudnn.deterministic = deterministic
+
+
+def seed_step(seed: int, rank: int, step: int) -> None:
+    """Seed every global random generator of this process for one optimizer step.
+
+    Random state is a function of (seed, rank, step) and is therefore never saved: a resumed run has the same without
+    knowing what else has drawn random numbers meanwhile, such as evaluations or the start of data-loading workers.
+    """
+    state = np.random.SeedSequence([seed % 2**32, rank, step]).generate_state(3, np.uint64)
+    torch.manual_seed(int(state[0]) >> 1)
+    np.random.seed(int(state[1]) % 2**32)
+    random.seed(int(state[2]))
+
+
+def forward_loss(
+    model: Callable[[Batch], DetectorOutputs],
+    criterion: Criterion,
+    batch: Batch,
+    num_targets: float,
+    device: torch.device,
+    precision: Precision,
+) -> LossOutput:
+    """Loss of one micro-batch; the criterion always computes in full precision."""
+    with autocast(device, precision):
+        outputs = model(batch)
+    return criterion(outputs, batch.targets, num_targets)
+
+
+def clip_gradients(parameters: Iterable[Tensor], clip_norm: float | None) -> Tensor:
+    """Scale gradients down to at most the global norm ``clip_norm``; returns the norm before, as a scalar."""
+    return nn.utils.clip_grad_norm_(parameters, float("inf") if clip_norm is None else clip_norm)
+
+
+class OptimizerStep:
+    """Forward, backward and update for the micro-batches of one optimizer step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: torch.device,
+        precision: Precision = "fp32",
+        clip_norm: float | None = None,
+        compile_model: bool = False,
+    ) -> None:
+        """Wrap the model for distributed training where there are several processes.
+
+        Args:
+            model: on ``device`` already.
+            criterion: called with (outputs, targets, number of targets in the global batch).
+            optimizer: over the model's parameters.
+            device: of this process.
+            precision: of the model's forward pass; fp16 scales the loss.
+            clip_norm: largest global gradient norm.
+            compile_model: whether to compile the model's forward pass.
+        """
+        self.module, self.criterion, self.optimizer = model, criterion, optimizer
+        self.device, self.precision, self.clip_norm = device, precision, clip_norm
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        model.train()
+        if compile_model:
+            model.compile()
+        self.model: nn.Module = model
+        if distributed.is_connected():
+            # Running statistics must be the same everywhere, or a checkpoint of rank 0 would not describe the others.
+            statistics = any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
+            self.model = DistributedDataParallel(
+                model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=statistics,
+                gradient_as_bucket_view=True,
+            )
+
+    def backward(self, batches: Sequence[Batch], num_targets: float) -> tuple[Tensor, list[LossOutput]]:
+        """Compute clipped gradients of the whole step.
+
+        Args:
+            batches: this process's micro-batches, on any device.
+            num_targets: in the global batch, over all processes and micro-batches.
+
+        Returns:
+            Global gradient norm before clipping, the same on every process and non-finite on all if any loss or
+            gradient anywhere was; and the loss of each micro-batch.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        # The criterion divides by the targets of the global batch, so that gradients only have to be added up;
+        # DistributedDataParallel averages them.
+        world = distributed.world_size()
+        losses = []
+        for index, batch in enumerate(batches):
+            batch = batch.to(self.device, non_blocking=True)
+            with self._synchronised(index == len(batches) - 1):
+                loss = forward_loss(self.model, self.criterion, batch, num_targets, self.device, self.precision)
+                total = loss.total
+                # Times one; but times NaN if the loss is not finite. Its gradient could be finite all the same, and
+                # the other processes, which learn of it through the gradients, would go on.
+                poison = 1 + (total.detach() - total.detach())
+                self.scaler.scale(total * poison * world).backward()
+            losses.append(LossOutput(total.detach(), loss.terms, loss.diagnostics))
+        self.scaler.unscale_(self.optimizer)
+        return clip_gradients(self.parameters, self.clip_norm), losses
+
+    def update(self) -> None:
+        """Move the weights along the gradients."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def skip(self) -> None:
+        """Leave the weights as they are; a loss scale goes down."""
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()

@@ -1,0 +1,325 @@
+"""The training loop: steps, records, evaluations, checkpoints, and stopping in good order."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from engine import checkpoint, distributed
+from engine.averaging import AveragedWeights
+from engine.faults import NonFiniteSteps
+from engine.logging import Progress, Records
+from engine.optimizer import Schedule, load_optimizer_state, set_learning_rate
+from engine.pictures import draw_curves
+from engine.run_directory import CURVES, METRICS, PREDICTIONS, forget_after
+from engine.signals import STOPPING, Interrupted, StopRequest
+from engine.step import OptimizerStep, Precision, autocast, seed_step
+from structures import Batch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How to run the steps, and how often to do what between them."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes CUDA where there is any."""
+    precision: Precision = "fp32"
+    """Of the model's forward pass; the losses are always computed in fp32."""
+    tf32: bool = False
+    """Whether fp32 matrix products on CUDA may round their inputs to TF32."""
+    deterministic: bool = False
+    """Whether CUDA must give the same bits every time (slower); the CPU always does."""
+    compile: bool = False
+    """Whether to compile the model with torch.compile."""
+    accumulation_steps: int = 1
+    """Micro-batches per process into which an optimizer step's share of the batch is divided."""
+    ema_decay: float | None = None
+    """Decay of the moving average of the weights that is evaluated; null evaluates the weights themselves."""
+    log_every: int = 50
+    """Optimizer steps between lines of progress."""
+    checkpoint_every: int = 1000
+    """Optimizer steps between checkpoints: so many are lost at most when a run is killed."""
+    eval_every_epochs: int | None = 1
+    """Epochs between evaluations; null for none but the last, unless eval_every_steps is set."""
+    eval_every_steps: int | None = None
+    """Optimizer steps between evaluations, in place of eval_every_epochs."""
+    max_nonfinite_steps: int = 0
+    """Steps with a non-finite loss or gradient to skip before stopping."""
+    collective_timeout: float = 1800.0
+    """Seconds after which processes give up waiting for one that hangs; must exceed the longest evaluation."""
+
+    def __post_init__(self) -> None:
+        counts = (self.accumulation_steps, self.log_every, self.checkpoint_every)
+        if min(counts) < 1:
+            raise ValueError("accumulation_steps, log_every and checkpoint_every must be at least 1")
+        if any(every is not None and every < 1 for every in (self.eval_every_epochs, self.eval_every_steps)):
+            raise ValueError("eval_every_epochs and eval_every_steps must be at least 1, or null")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay must lie between 0 and 1 (null switches averaging off), found {self.ema_decay}"
+            )
+        if self.max_nonfinite_steps < 0 or self.collective_timeout <= 0:
+            raise ValueError("max_nonfinite_steps must not be negative and collective_timeout must be positive")
+
+
+class TrainLoader(Protocol):
+    """What the trainer needs of a loader: the same batches for the same position, however often it is asked."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training set."""
+
+    def iterate(self, epoch: int, start_step: int) -> Iterator[list[Batch]]:
+        """For each optimizer step of the epoch from ``start_step`` on: this process's micro-batches."""
+
+
+Evaluate = Callable[[nn.Module, Callable[[], bool]], dict[str, Any]]
+"""Given a model in evaluation mode, and whether to give up: metrics, ``AP`` in percent among them."""
+
+
+class Trainer:
+    """Trains built objects; everything that has to survive a restart is in :meth:`state_dict`."""
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        *,
+        step: OptimizerStep,
+        schedule: Schedule,
+        loader: TrainLoader,
+        evaluate: Evaluate,
+        directory: Path,
+        batch_size: int,
+        seed: int,
+        identity: Mapping[str, Any],
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            config: how to run.
+            step: model, criterion and optimizer.
+            schedule: of the learning rate; gives the length.
+            loader: of the training set.
+            evaluate: measures a model on the validation set.
+            directory: of the run; the first process writes to it.
+            batch_size: images in the global batch.
+            seed: of the run.
+            identity: ``config``, ``categories`` and ``environment``, kept in every checkpoint.
+        """
+        self.config, self.optimizer_step, self.schedule = config, step, schedule
+        self.loader, self.evaluate, self.directory = loader, evaluate, directory
+        self.batch_size, self.seed, self.identity = batch_size, seed, dict(identity)
+        self.steps_per_epoch = loader.steps_per_epoch
+        self.total_steps = schedule.total_steps(self.steps_per_epoch)
+        self.average = AveragedWeights(step.module, config.ema_decay) if config.ema_decay is not None else None
+        self.step = 0
+        self.evaluated_step = 0
+        self.best: dict[str, Any] | None = None
+        self.metrics: dict[str, Any] = {}
+        self.faults = NonFiniteSteps(directory, self.identity, seed, config.max_nonfinite_steps)
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on exactly; random state is a function of seed, rank and step."""
+        return {
+            **self.identity,
+            "weights": self.optimizer_step.module.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer_step.optimizer.state_dict(),
+            "scaler": self.optimizer_step.scaler.state_dict(),
+            "position": {
+                "step": self.step,
+                "steps_per_epoch": self.steps_per_epoch,
+                "evaluated_step": self.evaluated_step,
+            },
+            "best": self.best,
+            "metrics": self.metrics,
+            "counters": dict(self.faults.counters),
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, loaded: checkpoint.Loaded) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: if it is for another model, other classes, or another division of the data into steps.
+        """
+        path, state = loaded
+        position = state["position"]
+        if position["steps_per_epoch"] != self.steps_per_epoch:
+            raise ValueError(
+                f"{path}: was trained with {position['steps_per_epoch']} steps per epoch, this run has "
+                f"{self.steps_per_epoch}: resume with the same data and data.batch_size, or use --init-from"
+            )
+        checkpoint.check_categories(state["categories"], self.identity["categories"], path)
+        checkpoint.load_weights(self.optimizer_step.module, state["weights"], path)
+        load_optimizer_state(self.optimizer_step.optimizer, state["optimizer"])
+        if self.optimizer_step.scaler.is_enabled() and state["scaler"]:
+            self.optimizer_step.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            if state["ema"] is None:
+                log.info("%s holds no averaged weights: averaging starts here", path)
+                self.average = AveragedWeights(self.optimizer_step.module, self.average.decay)
+            else:
+                self.average.load_state_dict(state["ema"])
+        if state["seed"] != self.seed:
+            log.warning("seed %d differs from %d in %s: the order of the data changes", self.seed, state["seed"], path)
+        self.step, self.evaluated_step = position["step"], position["evaluated_step"]
+        self.best, self.metrics = state["best"], state["metrics"]
+        self.faults.counters.update(state["counters"])
+
+    # -------------------------------------------------------------------------------------------------- loop
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end and evaluate.
+
+        Returns:
+            The metrics of the last evaluation.
+
+        Raises:
+            Interrupted: after SIGTERM or SIGINT, once the step has ended and a checkpoint is written.
+            DivergedError: when losses or gradients were not finite too often.
+            ValueError: for what a user can mend, such as a full disk.
+        """
+        records = None
+        if distributed.is_main():
+            forget_after(self.directory, self.step, evaluated=self.evaluated_step == self.step)
+            records = Records(self.directory, self.step)
+        try:
+            with StopRequest() as stop:
+                self._run(stop, records)
+        finally:
+            if records is not None:
+                records.close()
+        return self.metrics
+
+    def _run(self, stop: StopRequest, records: Records | None) -> None:
+        progress = Progress(self.total_steps, self.steps_per_epoch, self.optimizer_step.device)
+        if self.step >= self.total_steps:
+            log.info("step %d of %d: nothing is left to train", self.step, self.total_steps)
+        if self._evaluation_due():
+            self._evaluate(stop, records)
+        stream = self._stream()
+        while self.step < self.total_steps:
+            began = time.perf_counter()
+            # A process that is to stop needs no further batch, and its workers may have had the same signal.
+            batches = [] if stop.signal_number else next(stream)
+            waited = time.perf_counter() - began
+            num_targets = self._agree(stop, sum(sum(batch.targets.counts) for batch in batches))
+            norm = self._train_step(batches, max(1, num_targets), progress)
+            progress.end_step(self.batch_size, time.perf_counter() - began, waited)
+            self.step += 1
+            if self.step % self.config.log_every == 0 or self.step == self.total_steps:
+                self._record(progress, norm, records)
+            if self._evaluation_due():
+                self._evaluate(stop, records)
+            elif self.step % self.config.checkpoint_every == 0:
+                self._save()
+        stream.close()
+
+    def _stream(self) -> Generator[list[Batch]]:
+        """Micro-batches of every step from the present one on, across epochs."""
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        while True:
+            yield from self.loader.iterate(epoch, start)
+            epoch, start = epoch + 1, 0
+
+    def _agree(self, stop: StopRequest, count: int = 0) -> int:
+        """Sum ``count`` over processes; if any process is to stop, write a checkpoint and stop all of them."""
+        requests = [int(stop.signal_number == number) for number in STOPPING]
+        total, *requests = distributed.host_sum([count, *requests])
+        for number, requested in zip(STOPPING, requests, strict=True):
+            if requested:
+                self._save()
+                raise Interrupted(number, self.step)
+        return total
+
+    def _train_step(self, batches: list[Batch], num_targets: int, progress: Progress) -> float:
+        """Take one step, or skip it where it is not finite; returns the gradient norm before clipping."""
+        step = self.optimizer_step
+        set_learning_rate(step.optimizer, self.schedule.factor(self.step, self.steps_per_epoch))
+        seed_step(self.seed, distributed.rank(), self.step)
+        gradient_norm, losses = step.backward(batches, num_targets)
+        norm = float(gradient_norm)
+        if not math.isfinite(norm):
+            self.faults.handle(step, self.step, batches, num_targets, losses)
+            return norm
+        step.update()
+        if self.average is not None:
+            self.average.update(step.module)
+        for loss in losses:
+            progress.add_values({"loss": loss.total})
+            progress.add_values({f"terms/{name}": value for name, value in loss.terms.items()})
+            progress.add_values({f"diagnostics/{name}": v / len(losses) for name, v in loss.diagnostics.items()})
+        return norm
+
+    def _record(self, progress: Progress, norm: float, records: Records | None) -> None:
+        record = progress.summarise(self.step)
+        record["grad_norm"] = norm
+        groups = self.optimizer_step.optimizer.param_groups
+        record["lr"] = max(group["lr"] for group in groups)
+        record["lrs"] = {group["name"]: group["lr"] for group in groups}
+        record["loss_scale"] = float(self.optimizer_step.scaler.get_scale())
+        record["counters"] = dict(self.faults.counters)
+        log.info(progress.line(self.step, record))
+        if records is not None:
+            records.write("train", self.step, record)
+
+    def _evaluation_due(self) -> bool:
+        if not self.step or self.evaluated_step == self.step:
+            return False
+        every = self.config.eval_every_steps
+        if every is None and self.config.eval_every_epochs is not None:
+            every = self.config.eval_every_epochs * self.steps_per_epoch
+        return self.step >= self.total_steps or (every is not None and self.step % every == 0)
+
+    def _evaluate(self, stop: StopRequest, records: Records | None) -> None:
+        """Measure, keep the best, and write a checkpoint before (nothing is lost meanwhile) and after."""
+        self._agree(stop)
+        self._save()
+        began = time.perf_counter()
+        model = self.optimizer_step.module if self.average is None else self.average.model
+        model.eval()
+        with torch.no_grad(), autocast(self.optimizer_step.device, self.optimizer_step.precision):
+            metrics = self.evaluate(model, lambda: bool(stop.signal_number))
+        self.optimizer_step.module.train()
+        self._agree(stop)
+        self.metrics = {**metrics, "seconds": time.perf_counter() - began}
+        self.evaluated_step = self.step
+        is_best = self.best is None or metrics["AP"] > self.best["AP"]
+        if is_best:
+            self.best = {"AP": metrics["AP"], "step": self.step}
+        log.info("%s%s", summarise_metrics(self.step, self.metrics), "  (best so far)" if is_best else "")
+        if records is not None:
+            records.write("eval", self.step, {"epoch": self.step / self.steps_per_epoch, **self.metrics})
+            self._draw(records)
+        self._save(best=is_best)
+
+    def _draw(self, records: Records) -> None:
+        draw_curves(self.directory / METRICS, self.directory / CURVES)
+        if (self.directory / PREDICTIONS).exists():
+            records.picture("predictions", self.directory / PREDICTIONS, self.step)
+
+    def _save(self, *, best: bool = False) -> None:
+        """Write a checkpoint; a failure on the writing process stops all of them."""
+        with distributed.agreed_errors():
+            if distributed.is_main():
+                checkpoint.write(self.directory, self.state_dict(), best=best)
+
+
+def summarise_metrics(step: int, metrics: Mapping[str, Any]) -> str:
+    """One line for a person."""
+    names = [name for name in ("AP", "AP50", "AP75", "APs", "APm", "APl") if metrics.get(name) is not None]
+    values = "  ".join(f"{name} {metrics[name]:.2f}" for name in names)
+    return f"evaluation after step {step}: {values}  ({metrics['seconds']:.1f} s)"
