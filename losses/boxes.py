@@ -1,0 +1,35 @@
+"""Losses between the box of a matched query and that of its target."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
+
+from ops.boxes import cxcywh_to_xyxy, paired_giou
+
+OverlapLoss = Literal["giou", "diou", "ciou"]
+"""1 − GIoU (arXiv 1902.09630), or torchvision's DIoU or CIoU loss (arXiv 1911.08287)."""
+
+
+def box_losses(boxes: Tensor, target_boxes: Tensor, overlap: OverlapLoss = "giou") -> tuple[Tensor, Tensor]:
+    """L1 and overlap loss of each pair.
+
+    Args:
+        boxes: [M, 4] cxcywh, relative to the image.
+        target_boxes: [M, 4] cxcywh, relative to the image.
+        overlap: which overlap loss.
+
+    Returns:
+        L1 summed over the four coordinates [M], and the overlap loss [M], in float32.
+    """
+    with torch.autocast(boxes.device.type, enabled=False):
+        boxes, target_boxes = boxes.float(), target_boxes.float()
+        distance = (boxes - target_boxes).abs().sum(-1)
+        boxes_xyxy, targets_xyxy = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes)
+        if overlap == "giou":
+            return distance, 1 - paired_giou(boxes_xyxy, targets_xyxy)
+        loss = distance_box_iou_loss if overlap == "diou" else complete_box_iou_loss
+        return distance, loss(boxes_xyxy, targets_xyxy)

@@ -1,0 +1,111 @@
+"""From predictions to matches: cost on the device, one copy to the host, assignment there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from matchers.assignment import assign
+from matchers.cost import MatchingCost
+from structures import Matches, Prediction, Targets
+
+
+class NonFinitePredictionError(ValueError):
+    """A model predicted NaN or infinity: training has diverged, or half precision has overflowed."""
+
+
+def match_supervisions(
+    predictions: Mapping[str, Prediction],
+    targets: Targets,
+    candidates: Sequence[int],
+    cost: MatchingCost,
+    watched: Mapping[str, Prediction] | None = None,
+) -> dict[str, Matches]:
+    """Match all layers and images of several supervisions at once, with one device-to-host copy in all.
+
+    Args:
+        predictions: by name, logits [L, B, Q, C] and boxes [L, B, Q, 4]; L and Q may differ between names.
+        targets: of the same B images.
+        candidates: queries that each target may take, for each layer of each supervision in their order. An image
+            with G targets uses max(1, min(k, Q // G)) of them, whatever the other images hold.
+        cost: the matching cost.
+        watched: further predictions to check for NaN and infinity at no additional synchronisation.
+
+    Returns:
+        By name, the matches sorted by layer, image, target, query, on the device of the predictions. If an image
+        holds more targets than queries, all its queries are matched and the costliest targets are left out.
+
+    Raises:
+        NonFinitePredictionError: a prediction is NaN or infinite; names supervision, layer and image.
+    """
+    everything = {**predictions, **(watched or {})}
+    device = next(iter(everything.values())).logits.device
+    costs = {name: cost(prediction, targets) for name, prediction in predictions.items()}
+    checks = {name: _checksum(prediction) for name, prediction in everything.items()}
+    arrays = _to_host([*checks.values(), *costs.values()])
+    for name, checksum in zip(checks, arrays, strict=False):
+        _require_finite(name, checksum)
+    columns = {}
+    layer_candidates = iter(candidates)
+    for name, costs_on_host in zip(costs, arrays[len(checks) :], strict=True):
+        columns[name] = _assign_layers(costs_on_host, targets.counts, layer_candidates)
+    assert next(layer_candidates, None) is None, "candidates must name exactly the layers"
+    table = _to_device(np.concatenate(list(columns.values()), axis=1), device)
+    parts = table.split([part.shape[1] for part in columns.values()], dim=1)
+    return {name: Matches(*part.unbind(0)) for name, part in zip(columns, parts, strict=True)}
+
+
+def _assign_layers(
+    cost: NDArray[np.float32], counts: tuple[int, ...], layer_candidates: Iterator[int]
+) -> NDArray[np.int64]:
+    """(layer, image, query, target) [4, M] of cost [L, B, max G, Q]."""
+    num_layers, _, _, num_queries = cost.shape
+    offsets = np.concatenate(([0], np.cumsum(counts)))
+    parts = [np.empty((4, 0), dtype=np.int64)]
+    for layer in range(num_layers):
+        candidates = next(layer_candidates)
+        for image, count in enumerate(counts):
+            if count == 0 or num_queries == 0:
+                continue
+            k = max(1, min(candidates, num_queries // count))
+            target, query = assign(cost[layer, image, :count], k)
+            parts.append(np.stack([np.full_like(query, layer), np.full_like(query, image), query,
+                                   target + offsets[image]]))  # fmt: skip
+    return np.concatenate(parts, axis=1)
+
+
+def _checksum(prediction: Prediction) -> Tensor:
+    """[L, B] that is finite only if every logit and box of the layer and image is."""
+    logits, boxes = prediction.logits.detach(), prediction.boxes.detach()
+    return logits.sum((-2, -1), dtype=torch.float32) + boxes.sum((-2, -1), dtype=torch.float32)
+
+
+def _require_finite(name: str, checksum: NDArray[np.float32]) -> None:
+    bad = np.argwhere(~np.isfinite(checksum))
+    if len(bad):
+        layer, image = bad[0]
+        raise NonFinitePredictionError(
+            f"the predictions of {name} layer {layer} for image {image} of the batch hold NaN or infinity"
+            f" ({len(bad)} of {checksum.size} layers × images do): lower the learning rate, clip gradients or use bf16"
+            " instead of fp16"
+        )
+
+
+def _to_host(tensors: list[Tensor]) -> list[NDArray[np.float32]]:
+    """Copies of float32 tensors on the host: one transfer, so one synchronisation, for all of them."""
+    if tensors[0].device.type == "cpu":
+        return [tensor.numpy() for tensor in tensors]
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).numpy() for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":  # from pinned memory the copy is queued, and the host does not wait for it
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
