@@ -13,6 +13,8 @@ import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
+from models.swin import accept_any_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
@@ -68,6 +70,7 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"backbone {config.model} has no strides {list(config.strides)}: {body.feature_info.reduction()}"
             )
+        accept_any_size(body)
         self.body = body
         self.features_come_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
         if config.norm == "frozen":
