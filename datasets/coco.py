@@ -21,7 +21,8 @@ from datasets.annotations import (
     read_categories,
 )
 from datasets.images import UnreadableImageError, read_image, read_size
-from datasets.transforms import Transform, apply_transforms, relative_boxes
+from datasets.labelled_image import relative_boxes
+from datasets.transforms import Transform, apply_transforms
 
 Split = Literal["train", "val"]
 
