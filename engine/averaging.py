@@ -19,7 +19,7 @@ class AveragedWeights:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self._average = AveragedModel(model)
-        self._average.requires_grad_(False)
+        self._average.requires_grad_(False).eval()
 
     @property
     def model(self) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from engine.step import Criterion, Precision, forward_loss, seed_step
+from engine.step import Criterion, Precision, forward_loss, is_finite, seed_step
 from structures import Batch, Targets
 
 KIND = "align-detr non-finite step"
@@ -61,14 +61,6 @@ def _some(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _finite(value: Any) -> bool:
-    return all(
-        bool(torch.isfinite(leaf).all())
-        for leaf in tree_leaves(value)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    )
-
-
 class _Probe:
     """Notes the first module with a non-finite output, and the first with a non-finite gradient of its output."""
 
@@ -81,7 +73,7 @@ class _Probe:
 
     def _forward_hook(self, name: str) -> Any:
         def check(module: nn.Module, arguments: Any, output: Any) -> None:
-            if self.first_module is None and not _finite(output):
+            if self.first_module is None and not is_finite(output):
                 self.first_module = name
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -122,7 +114,7 @@ def diagnose(
         precision: of the forward pass.
         loss_scale: factor on the loss in fp16.
     """
-    bad_weights = [name for name, parameter in model.named_parameters() if not _finite(parameter)]
+    bad_weights = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
     terms: dict[str, float] = {}
     bad_inputs = False
     model.zero_grad(set_to_none=True)
@@ -130,14 +122,14 @@ def diagnose(
     try:
         for batch in batches:
             batch = batch.to(device)
-            bad_inputs = bad_inputs or not _finite([batch.images, batch.targets.boxes])
+            bad_inputs = bad_inputs or not is_finite([batch.images, batch.targets.boxes])
             loss = forward_loss(model, criterion, batch, num_targets, device, precision)
             for name, value in (*loss.terms.items(), ("total", loss.total)):
                 terms[name] = terms.get(name, 0.0) + float(value)
             (loss.total * loss_scale).backward()
     finally:
         probe.remove()
-    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not is_finite(p.grad)]
     model.zero_grad(set_to_none=True)
     bad_terms = [name for name, value in terms.items() if not torch.isfinite(torch.tensor(value))]
     return Diagnosis(bad_weights, bad_inputs, probe.first_module, bad_terms, probe.first_gradient, gradients, terms)

@@ -7,15 +7,17 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from engine import distributed
 from engine.run_directory import LOG, METRICS
+
+if TYPE_CHECKING:
+    from engine.trainer import Trainer
 
 
 def configure(directory: Path | None) -> None:
@@ -31,6 +33,8 @@ def configure(directory: Path | None) -> None:
     else:
         handlers = [logging.StreamHandler(sys.stderr)]
         level, form = logging.WARNING, f"%(asctime)s rank {distributed.rank()}: %(message)s"
+    for chatty in ("matplotlib", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", handlers=handlers, force=True)
 
 
@@ -191,36 +195,31 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def banner(
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    precision: str,
-    batch_size: int,
-    accumulation_steps: int,
-    steps_per_epoch: int,
-    total_steps: int,
-    warmup_steps: int,
-    num_classes: int,
-    images: Sequence[int],
-    op_backend: str,
-    ema_decay: float | None,
-) -> list[str]:
-    """Lines that say what is going to run."""
-    world = distributed.world_size()
+def banner(trainer: Trainer, images: tuple[int, int], op_backend: str) -> list[str]:
+    """Lines that say what is going to run.
+
+    Args:
+        trainer: ready to run.
+        images: in the training and in the validation set.
+        op_backend: what computes deformable attention.
+    """
+    config, step = trainer.config, trainer.optimizer_step
+    world, device, model = distributed.world_size(), step.device, step.module
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rates = ", ".join(f"{group['name']} {group['base_lr']:.3g}" for group in optimizer.param_groups)
-    local = batch_size // (world * accumulation_steps)
+    rates = ", ".join(f"{group['name']} {group['base_lr']:.3g}" for group in step.optimizer.param_groups)
+    local = trainer.batch_size // (world * config.accumulation_steps)
+    length, per_epoch, warmup = trainer.total_steps, trainer.steps_per_epoch, trainer.schedule.warmup_steps
     return [
-        f"devices: {world} × {device.type} ({name}), precision {precision}, op backend {op_backend}",
-        f"batch: {batch_size} images a step = {world} processes × {accumulation_steps} accumulated × {local}",
-        f"data: {images[0]} training images, {images[1]} validation images, {num_classes} classes",
-        f"length: {total_steps} steps = {total_steps / steps_per_epoch:.4g} epochs of {steps_per_epoch}; "
-        f"warm-up {warmup_steps} steps ({100 * warmup_steps / total_steps:.1f}%)",
+        f"devices: {world} x {device.type} ({name}), precision {step.precision}; op backend {op_backend}",
+        f"batch: {trainer.batch_size} images a step = {world} processes x {config.accumulation_steps} accumulated "
+        f"x {local}",
+        f"data: {images[0]} training images, {images[1]} validation images, "
+        f"{len(trainer.identity['categories'])} classes",
+        f"length: {length} steps = {length / per_epoch:.4g} epochs of {per_epoch}, from step {trainer.step}; "
+        f"warm-up {warmup} steps ({100 * warmup / length:.1f}%)",
         f"learning rates: {rates}",
         f"parameters: {total / 1e6:.2f} M, trainable {trainable / 1e6:.2f} M; "
-        + (f"averaged weights with decay {ema_decay}" if ema_decay is not None else "no averaged weights"),
+        + ("no averaged weights" if config.ema_decay is None else f"averaged weights with decay {config.ema_decay}"),
     ]

@@ -72,6 +72,13 @@ class RunDirectory:
         os.close(self._lock)
 
 
+def record_start(directory: Path, config: str, environment: dict[str, Any]) -> None:
+    """Write the resolved configuration, and one line more about where and how it is run."""
+    (directory / CONFIG).write_text(config, encoding="utf-8")
+    with (directory / ENVIRONMENT).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(environment, ensure_ascii=False) + "\n")
+
+
 def forget_after(directory: Path, step: int, *, evaluated: bool) -> None:
     """Remove records of what a resumed run is going to repeat, and lines a crash left half-written.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from engine import distributed
 from structures import Batch, DetectorOutputs, LossOutput, Targets
@@ -40,7 +41,8 @@ def configure_device(device: torch.device, *, tf32: bool = False, deterministic:
     if device.type == "cpu" or deterministic:
         # Warnings only: what has no deterministic form is not worth refusing to train.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        # A module with properties, which mypy cannot see.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.deterministic = deterministic
 
 
@@ -64,10 +66,29 @@ def forward_loss(
     device: torch.device,
     precision: Precision,
 ) -> LossOutput:
-    """Loss of one micro-batch; the criterion always computes in full precision."""
+    """Loss of one micro-batch; the criterion always computes in full precision.
+
+    A criterion refuses predictions that it cannot match. If they are not finite, the loss is NaN, with NaN as the
+    gradient of every parameter: other processes wait for gradients, and must learn of it through them.
+    """
     with autocast(device, precision):
         outputs = model(batch)
-    return criterion(outputs, batch.targets, num_targets)
+    try:
+        return criterion(outputs, batch.targets, num_targets)
+    except ValueError:
+        if is_finite(outputs):
+            raise
+        leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        return LossOutput(torch.stack([leaf.float().sum() for leaf in leaves]).sum() * float("nan"), {}, {})
+
+
+def is_finite(values: Any) -> bool:
+    """Whether all floating-point tensors in a nest of tuples, lists and dictionaries are finite."""
+    return all(
+        bool(torch.isfinite(leaf).all())
+        for leaf in tree_leaves(values)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    )
 
 
 def clip_gradients(parameters: Iterable[Tensor], clip_norm: float | None) -> Tensor:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import nn
 
 from engine import checkpoint, distributed
@@ -21,7 +20,7 @@ from engine.optimizer import Schedule, load_optimizer_state, set_learning_rate
 from engine.pictures import draw_curves
 from engine.run_directory import CURVES, METRICS, PREDICTIONS, forget_after
 from engine.signals import STOPPING, Interrupted, StopRequest
-from engine.step import OptimizerStep, Precision, autocast, seed_step
+from engine.step import OptimizerStep, Precision, seed_step
 from structures import Batch
 
 log = logging.getLogger(__name__)
@@ -84,7 +83,8 @@ class TrainLoader(Protocol):
 
 
 Evaluate = Callable[[nn.Module, Callable[[], bool]], dict[str, Any]]
-"""Given a model in evaluation mode, and whether to give up: metrics, ``AP`` in percent among them."""
+"""Given a model, and a function that says whether to give up: metrics, ``AP`` in percent among them; the same on all
+processes. The model is left in the mode it was in."""
 
 
 class Trainer:
@@ -290,17 +290,17 @@ class Trainer:
         self._save()
         began = time.perf_counter()
         model = self.optimizer_step.module if self.average is None else self.average.model
-        model.eval()
-        with torch.no_grad(), autocast(self.optimizer_step.device, self.optimizer_step.precision):
-            metrics = self.evaluate(model, lambda: bool(stop.signal_number))
-        self.optimizer_step.module.train()
+        metrics = self.evaluate(model, lambda: bool(stop.signal_number))
         self._agree(stop)
         self.metrics = {**metrics, "seconds": time.perf_counter() - began}
         self.evaluated_step = self.step
-        is_best = self.best is None or metrics["AP"] > self.best["AP"]
+        # AP is None where the annotations have nothing to find.
+        quality = -1.0 if metrics["AP"] is None else metrics["AP"]
+        is_best = self.best is None or quality > self.best["AP"]
         if is_best:
-            self.best = {"AP": metrics["AP"], "step": self.step}
-        log.info("%s%s", summarise_metrics(self.step, self.metrics), "  (best so far)" if is_best else "")
+            self.best = {"AP": quality, "step": self.step}
+        suffix = "  (best so far)" if is_best else ""
+        log.info("%s  in %.1f s%s", summarise_metrics(self.step, metrics), self.metrics["seconds"], suffix)
         if records is not None:
             records.write("eval", self.step, {"epoch": self.step / self.steps_per_epoch, **self.metrics})
             self._draw(records)
@@ -322,4 +322,4 @@ def summarise_metrics(step: int, metrics: Mapping[str, Any]) -> str:
     """One line for a person."""
     names = [name for name in ("AP", "AP50", "AP75", "APs", "APm", "APl") if metrics.get(name) is not None]
     values = "  ".join(f"{name} {metrics[name]:.2f}" for name in names)
-    return f"evaluation after step {step}: {values}  ({metrics['seconds']:.1f} s)"
+    return f"after step {step}: {values}"

@@ -1,0 +1,75 @@
+"""One evaluation of a run: metrics, progress, and a picture of some predictions."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import distributed
+from engine.evaluator import Evaluator, Loader, evaluate
+from engine.pictures import AnnotatedImage, annotated_images, draw_predictions
+from engine.step import DTYPES, Precision
+from structures import Batch, Detections
+
+log = logging.getLogger(__name__)
+
+PICTURED = 8
+"""Images in the picture of predictions: the first that the first process evaluates."""
+PROGRESS_SECONDS = 30.0
+
+
+class Validation:
+    """Evaluates a model on the validation set as often as it is called."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        evaluator: Evaluator,
+        *,
+        device: torch.device,
+        precision: Precision,
+        mean: Sequence[float],
+        std: Sequence[float],
+        picture: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            loader: this process's batches of the validation set.
+            evaluator: with the annotations.
+            device: of the model.
+            precision: of its forward pass.
+            mean: per channel, as the images are normalised with.
+            std: likewise.
+            picture: PNG file for some predictions beside their targets; None draws none.
+        """
+        self.loader, self.evaluator = loader, evaluator
+        self.device, self.amp_dtype = device, DTYPES.get(precision)
+        self.mean, self.std = mean, std
+        self.picture = picture if distributed.is_main() else None
+
+    def __call__(self, model: nn.Module, give_up: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """Metrics of the model, the same on every process; ``give_up`` is asked after each batch."""
+        pictured: list[AnnotatedImage] = []
+        reported = time.monotonic()
+
+        def on_batch(done: int, batch: Batch, detections: list[Detections]) -> None:
+            nonlocal reported
+            if self.picture is not None and len(pictured) < PICTURED:
+                pictured.extend(annotated_images(batch, detections, self.mean, self.std))
+            if time.monotonic() - reported > PROGRESS_SECONDS:
+                reported = time.monotonic()
+                log.info("evaluated %d of %d batches", done, len(self.loader))
+
+        metrics = evaluate(
+            model, self.loader, self.evaluator, self.device, self.amp_dtype, on_batch=on_batch, give_up=give_up
+        )
+        if self.picture is not None and pictured:
+            names = [name for _, name in self.evaluator.categories]
+            draw_predictions(self.picture, pictured[:PICTURED], names)
+        return metrics

@@ -1,0 +1,158 @@
+"""Train or evaluate a detector: the command line that loads a configuration, builds what it names, and runs it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import config as configuration
+from config import Config
+from datasets import Category, CocoDataset
+from engine import checkpoint, distributed, session
+from engine import logging as run_logging
+from engine.environment import describe_environment
+from engine.evaluator import Evaluator
+from engine.run_directory import PREDICTIONS, record_start
+from engine.step import OptimizerStep, configure_device
+from engine.trainer import Trainer, summarise_metrics
+from engine.transfer import initialise_from
+from engine.validation import Validation
+from ops.ms_deform_attn import describe_backend, set_default_backend
+
+log = logging.getLogger(__name__)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="main.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--cfg", type=Path, help="YAML file; without it, the configuration inside --resume's checkpoint"
+    )
+    parser.add_argument("--resume", help="checkpoint to go on from (or to evaluate), or 'auto': output_dir's last one")
+    parser.add_argument("--init-from", type=Path, help="take only weights from this file, heads by class name")
+    parser.add_argument("--eval", action="store_true", help="evaluate the checkpoint, write nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the configuration")
+    return parser.parse_intermixed_args(arguments)
+
+
+def read_inputs(args: argparse.Namespace) -> tuple[Config, checkpoint.Loaded | None]:
+    """The configuration, and the checkpoint that --resume names."""
+    if args.eval and args.resume in (None, session.AUTO):
+        raise ValueError("--eval needs --resume CHECKPOINT")
+    loaded = None
+    if args.resume is not None and args.resume != session.AUTO:
+        loaded = checkpoint.load(Path(args.resume))
+    if args.cfg is None and loaded is not None:
+        return configuration.from_dict(loaded.state["config"], args.overrides, str(loaded.path)), loaded
+    if args.cfg is None:
+        raise ValueError("--cfg FILE is needed (only --resume CHECKPOINT goes without: it carries its configuration)")
+    return configuration.load(args.cfg, args.overrides), loaded
+
+
+def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | None, device: torch.device) -> None:
+    """Claim the output directory, build what the configuration names, and train."""
+    output_dir = Path(cfg.output_dir)
+    directory, loaded = session.open_run(output_dir, args.resume, explicit)
+    run_logging.configure(output_dir)
+    environment = describe_environment(cfg.seed, device)
+    with distributed.agreed_errors():  # nothing in here may depend on other processes
+        set_default_backend(cfg.op_backend)
+        train_set, val_set = cfg.data.build_datasets()
+        loader = cfg.data.build_train_loader(
+            train_set,
+            seed=cfg.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            accumulation_steps=cfg.trainer.accumulation_steps,
+        )
+        categories = [list(category) for category in train_set.categories]
+        validation = build_validation(cfg, val_set, device, output_dir / PREDICTIONS)
+        torch.manual_seed(cfg.seed)
+        model = cfg.model.build(len(categories), load_backbone=loaded is None and args.init_from is None)
+        if loaded is None and args.init_from is not None:
+            for line in initialise_from(model, args.init_from, categories).report():
+                log.info("%s: %s", args.init_from, line)
+        optimizer = cfg.optimizer.build(model.to(device))
+    step = OptimizerStep(
+        model,
+        cfg.criterion,
+        optimizer,
+        device=device,
+        precision=cfg.trainer.precision,
+        clip_norm=cfg.optimizer.clip_norm,
+        compile_model=cfg.trainer.compile,
+    )
+    trainer = Trainer(
+        cfg.trainer,
+        step=step,
+        schedule=cfg.schedule,
+        loader=loader,
+        evaluate=validation,
+        directory=output_dir,
+        batch_size=cfg.data.batch_size,
+        seed=cfg.seed,
+        identity={"config": configuration.to_dict(cfg), "categories": categories, "environment": environment},
+    )
+    with distributed.agreed_errors():
+        if loaded is not None:
+            trainer.load_state_dict(loaded)
+        if directory is not None:
+            record_start(output_dir, configuration.dump(cfg), environment)
+    for line in run_logging.banner(trainer, (len(train_set), len(val_set)), describe_backend(device)):
+        log.info(line)
+    trainer.fit()
+
+
+def evaluate(cfg: Config, loaded: checkpoint.Loaded, device: torch.device) -> None:
+    """Measure a checkpoint's weights (the averaged ones, where there are) as training did."""
+    run_logging.configure(None)
+    with distributed.agreed_errors():
+        set_default_backend(cfg.op_backend)
+        categories = tuple(Category(*category) for category in loaded.state["categories"])
+        validation = build_validation(cfg, cfg.data.val.build(split="val", categories=categories), device)
+        model = cfg.model.build(len(categories), load_backbone=False)
+        averaged = loaded.state["ema"]
+        weights = loaded.state["weights"] if averaged is None else averaged["weights"]
+        checkpoint.load_weights(model, weights, loaded.path)
+    metrics = validation(model.to(device))
+    step = loaded.state["position"]["step"]
+    log.info("%s (%d images) %s", loaded.path, metrics["images"], summarise_metrics(step, metrics))
+    for name, value in metrics["per_class"].items():
+        log.info("AP of %s: %s", name, "no objects" if value is None else f"{value:.2f}")
+
+
+def build_validation(
+    cfg: Config, dataset: CocoDataset, device: torch.device, picture: Path | None = None
+) -> Validation:
+    loader = cfg.data.build_val_loader(dataset, rank=distributed.rank(), world_size=distributed.world_size())
+    return Validation(
+        loader,
+        Evaluator(cfg.data.val.annotations, dataset.categories),
+        device=device,
+        precision=cfg.trainer.precision,
+        mean=cfg.data.mean,
+        std=cfg.data.std,
+        picture=picture,
+    )
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Raises what :func:`engine.session.exit_code` turns into a line and an exit code."""
+    args = parse_arguments(arguments)
+    cfg, loaded = read_inputs(args)
+    device = distributed.choose_device(cfg.trainer.device)
+    configure_device(device, tf32=cfg.trainer.tf32, deterministic=cfg.trainer.deterministic)
+    with distributed.process_group(device, cfg.trainer.collective_timeout):
+        if args.eval:
+            assert loaded is not None
+            evaluate(cfg, loaded, device)
+        else:
+            train(cfg, args, loaded, device)
+
+
+if __name__ == "__main__":
+    sys.exit(session.exit_code(run))

@@ -1,0 +1,232 @@
+"""A complete training run in miniature for the engine's tests, in this process or as a program of its own.
+
+The model has convolutions, dropout and batch norm, and predicts one box per target slot; a step takes milliseconds.
+``python tiny_training.py '{"directory": "…", …}'`` runs it with the engine's own start, signals and exit codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor, nn
+
+from engine import distributed, session
+from engine import logging as run_logging
+from engine.optimizer import CosineSchedule, OptimizerConfig, Schedule, StepSchedule
+from engine.step import OptimizerStep, configure_device
+from engine.trainer import Trainer, TrainerConfig
+from structures import Batch, DetectorOutputs, LossOutput, Prediction, Targets
+
+QUERIES = 5
+
+
+class TinyDetector(nn.Module):
+    """[B, 3, 8, 8] → QUERIES boxes and logits of each image."""
+
+    def __init__(self, num_classes: int = 3, dropout: float = 0.0, batch_norm: bool = False) -> None:
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8) if batch_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.class_head = nn.Linear(8, QUERIES * num_classes)
+        self.box_head = nn.Linear(8, QUERIES * 4)
+
+    def forward(self, batch: Batch) -> DetectorOutputs:
+        features = self.dropout(self.norm(self.backbone(batch.images)).relu().mean(dim=(2, 3)))
+        size = len(batch.images)
+        logits = self.class_head(features).float().view(1, size, QUERIES, -1)
+        boxes = self.box_head(features).float().view(1, size, QUERIES, 4).sigmoid()
+        return DetectorOutputs(Prediction(logits, boxes), None, None)
+
+
+def criterion(outputs: DetectorOutputs, targets: Targets, num_targets: float) -> LossOutput:
+    """The i-th target of an image belongs to its i-th query; all others are background."""
+    logits, boxes = outputs.decoder
+    labels = torch.zeros_like(logits[0])
+    box_loss = boxes.sum() * 0
+    for image, (classes, wanted) in enumerate(targets.split()):
+        labels[image, torch.arange(len(classes)), classes] = 1
+        box_loss = box_loss + (boxes[0, image, : len(wanted)] - wanted).abs().sum()
+    class_loss = nn.functional.binary_cross_entropy_with_logits(logits[0], labels, reduction="sum")
+    terms = {"decoder.0/class": class_loss / num_targets, "decoder.0/bbox": box_loss / num_targets}
+    total = terms["decoder.0/class"] + 5 * terms["decoder.0/bbox"]
+    return LossOutput(total, {name: term.detach() for name, term in terms.items()}, {})
+
+
+def make_batch(seeds: list[int]) -> Batch:
+    """Images and targets drawn from one seed each; seeds divisible by four have no targets."""
+    images, labels, boxes, counts = [], [], [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        count = seed % 4
+        images.append(torch.randn(3, 8, 8, generator=generator))
+        labels.append(torch.randint(3, (count,), generator=generator))
+        boxes.append(torch.rand(count, 4, generator=generator))
+        counts.append(count)
+    size = torch.full((len(seeds), 2), 8)
+    targets = Targets(torch.cat(labels), torch.cat(boxes), tuple(counts))
+    return Batch(torch.stack(images), size, targets, torch.tensor(seeds), size, tuple(seeds))
+
+
+class TinyLoader:
+    """Global batch g of an epoch is a fixed set of seeds, whoever asks for which part."""
+
+    def __init__(self, batch_size: int, steps_per_epoch: int, accumulation_steps: int, delay: float = 0.0) -> None:
+        self.batch_size, self.accumulation_steps, self.delay = batch_size, accumulation_steps, delay
+        self._steps_per_epoch = steps_per_epoch
+        self.spoil: Callable[[int, Batch], Batch] = lambda step, batch: batch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._steps_per_epoch
+
+    def iterate(self, epoch: int, start_step: int) -> Iterator[list[Batch]]:
+        parts = distributed.world_size() * self.accumulation_steps
+        size = self.batch_size // parts
+        for step in range(start_step, self.steps_per_epoch):
+            time.sleep(self.delay)
+            first = (epoch * self.steps_per_epoch + step) * self.batch_size
+            batches = []
+            for part in range(self.accumulation_steps):
+                start = first + (part * distributed.world_size() + distributed.rank()) * size
+                batch = make_batch(list(range(start, start + size)))
+                batches.append(self.spoil(epoch * self.steps_per_epoch + step, batch))
+            yield batches
+
+
+@dataclass
+class Options:
+    """What a test may vary."""
+
+    directory: str
+    steps: int = 12
+    steps_per_epoch: int = 5
+    batch_size: int = 8
+    accumulation_steps: int = 1
+    precision: str = "fp32"
+    dropout: float = 0.2
+    batch_norm: bool = False
+    ema_decay: float | None = 0.99
+    checkpoint_every: int = 4
+    eval_every_steps: int | None = None
+    max_nonfinite_steps: int = 0
+    cosine: bool = True
+    seed: int = 7
+    delay: float = 0.0
+    resume: str | None = None
+    die_at: int | None = None
+    die_rank: int = 0
+    signal_at: int | None = None
+    signal_number: int = int(signal.SIGTERM)
+    signal_rank: int = 0
+    nan_at: int | None = None
+    nan_rank: int = 0
+    file_limit: int | None = None
+    eval_seconds: float = 0.0
+
+
+def evaluate(model: nn.Module, should_stop: Callable[[], bool], seconds: float = 0.0) -> dict[str, Any]:
+    """A number that depends on the weights; uses up random numbers on purpose."""
+    torch.rand(3)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not should_stop():
+        time.sleep(0.01)
+    with torch.no_grad():
+        outputs = model(make_batch(list(range(1000, 1016))))
+    return {"AP": float(outputs.decoder.boxes.mean()) * 100, "AP50": 50.0}
+
+
+def build(options: Options) -> Trainer:
+    """The trainer of a run; needs the processes to be connected."""
+    device = torch.device("cpu")
+    configure_device(device)
+    torch.manual_seed(options.seed)
+    model = TinyDetector(dropout=options.dropout, batch_norm=options.batch_norm)
+    optimizer = OptimizerConfig(lr=1e-2, clip_norm=1.0)
+    config = TrainerConfig(
+        precision=options.precision,  # type: ignore[arg-type]  # a Literal, out of JSON
+        accumulation_steps=options.accumulation_steps,
+        ema_decay=options.ema_decay,
+        log_every=1,
+        checkpoint_every=options.checkpoint_every,
+        eval_every_epochs=None,
+        eval_every_steps=options.eval_every_steps,
+        max_nonfinite_steps=options.max_nonfinite_steps,
+    )
+    schedule: Schedule = (
+        CosineSchedule(steps=options.steps, warmup_steps=3)
+        if options.cosine
+        else StepSchedule(steps=options.steps, warmup_steps=3, milestones=(1.4,))
+    )
+    step = OptimizerStep(
+        model,
+        criterion,
+        optimizer.build(model),
+        device=device,
+        precision=config.precision,
+        clip_norm=optimizer.clip_norm,
+    )
+    loader = TinyLoader(options.batch_size, options.steps_per_epoch, options.accumulation_steps, options.delay)
+    loader.spoil = lambda at, batch: _inject(options, at, batch)
+    return Trainer(
+        config,
+        step=step,
+        schedule=schedule,
+        loader=loader,
+        evaluate=lambda model, should_stop: evaluate(model, should_stop, options.eval_seconds),
+        directory=Path(options.directory),
+        batch_size=options.batch_size,
+        seed=options.seed,
+        identity={"config": {"seed": options.seed}, "categories": [[1, "a"], [5, "b"], [9, "c"]], "environment": {}},
+    )
+
+
+def _inject(options: Options, step: int, batch: Batch) -> Batch:
+    """The fault asked for, when this process is about to take this step."""
+    first_life = distributed.restart_count() == 0
+    if step == options.die_at and distributed.rank() == options.die_rank and first_life:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if step == options.signal_at and distributed.rank() == options.signal_rank:
+        os.kill(os.getpid(), options.signal_number)
+    if step == options.nan_at and distributed.rank() == options.nan_rank:
+        images: Tensor = batch.images.clone()
+        images[0, 0, 0, 0] = float("nan")
+        return batch._replace(images=images)
+    return batch
+
+
+def train(options: Options) -> Trainer:
+    """Start or go on as main does."""
+    if options.file_limit is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (options.file_limit, resource.RLIM_INFINITY))
+    directory = Path(options.directory)
+    with distributed.process_group(torch.device("cpu"), 120):
+        opened = session.open_run(directory, options.resume)
+        run_logging.configure(directory if opened.directory is not None else None)
+        trainer = build(options)
+        if opened.loaded is not None:
+            trainer.load_state_dict(opened.loaded)
+        try:
+            trainer.fit()
+        finally:
+            if opened.directory is not None:
+                opened.directory.close()
+    return trainer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(session.exit_code(lambda: train(Options(**json.loads(sys.argv[1]))) and None))
