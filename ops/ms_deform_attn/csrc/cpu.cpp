@@ -29,17 +29,18 @@ template <class T, class A, int D> struct Fixed {
   static constexpr int width = WIDTH<A>, vectors = D / width;
 
   static void gather(const Samples<A>& s, const T* value, int64_t stride, int64_t, A* out) {
-    Vec<A> sums[vectors] = {};
+    // One sum per tap, added up at the end: additions that do not wait for each other.
+    Vec<A> sums[4][vectors] = {};
     const auto* active = reinterpret_cast<const typename Samples<A>::Int*>(s.active.data());
     for (int64_t n = 0; n < s.count; ++n) {
       if (!active[n]) continue;
       for (int t = 0; t < 4; ++t) {
         const T* from = value + lane(s.pixel[t], n) * stride;
         const A weight = lane(s.tap[t], n);
-        for (int i = 0; i < vectors; ++i) sums[i] += load(from + i * width) * weight;
+        for (int i = 0; i < vectors; ++i) sums[t][i] += load(from + i * width) * weight;
       }
     }
-    for (int i = 0; i < vectors; ++i) store(out + i * width, sums[i]);
+    for (int i = 0; i < vectors; ++i) store(out + i * width, (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]));
   }
 
   // Adds to grad_value and leaves the dot product of grad with tap t of sample n in dots[t * padded + n].
@@ -50,16 +51,18 @@ template <class T, class A, int D> struct Fixed {
     for (int i = 0; i < vectors; ++i) g[i] = load(grad + i * width);
     const auto* active = reinterpret_cast<const typename Samples<A>::Int*>(s.active.data());
     for (int64_t n = 0; n < s.count; ++n) {
+      if (!active[n]) {
+        for (int t = 0; t < 4; ++t) partial[t * padded + n] = Vec<A>{};
+        continue;
+      }
       for (int t = 0; t < 4; ++t) {
+        const int64_t at = lane(s.pixel[t], n) * stride;
+        const A weight = lane(s.tap[t], n);
         Vec<A> dot = {};
-        if (active[n]) {
-          const int64_t at = lane(s.pixel[t], n) * stride;
-          const A weight = lane(s.tap[t], n);
-          for (int i = 0; i < vectors; ++i) {
-            dot += load(value + at + i * width) * g[i];
-            A* to = grad_value + at + i * width;
-            store(to, load(to) + g[i] * weight);
-          }
+        for (int i = 0; i < vectors; ++i) {
+          dot += load(value + at + i * width) * g[i];
+          A* to = grad_value + at + i * width;
+          store(to, load(to) + g[i] * weight);
         }
         partial[t * padded + n] = dot;
       }
@@ -110,21 +113,29 @@ template <class T, class A> struct Fixed<T, A, 0> {
 template <class T, class A, int D> void forward(const Problem& p) {
   // Blocks of neighbouring queries read neighbouring pixels: small enough for balance, large enough for the cache.
   constexpr int64_t block = 64;
-  const int64_t blocks = (p.queries + block - 1) / block, stride = p.heads * p.channels;
+  const int64_t blocks = (p.queries + block - 1) / block;
   parallel(p.images * blocks, p.threads, [&](int64_t task) {
     const int64_t image = task / blocks, first = task % blocks * block;
     Samples<A> samples(p, 0, p.levels);
     samples.set_image(image);
-    const T* value = static_cast<const T*>(p.value) + image * p.pixels * stride;
+    const T* value = static_cast<const T*>(p.value) + image * p.image_stride;
     for (int64_t q = first; q < std::min(first + block, p.queries); ++q) {
       for (int64_t head = 0; head < p.heads; ++head) {
         const int64_t query = image * p.queries + q, row = query * p.heads + head;
         samples.prepare(query, row);
-        Fixed<T, A, D>::gather(samples, value + head * p.channels, stride, p.channels,
+        Fixed<T, A, D>::gather(samples, value + head * p.head_stride, p.pixel_stride, p.channels,
                                static_cast<A*>(p.output) + row * p.channels);
       }
     }
   });
+}
+
+// The first lanes of a vector, all of them if there is room; a copy of known size is one instruction.
+template <class A> void copy_lanes(A* to, const Vec<A>* from, int64_t room) {
+  if (room >= WIDTH<A>)
+    store(to, *from);
+  else if (room > 0)
+    std::memcpy(to, from, room * sizeof(A));
 }
 
 // Gradients of the weights and of the locations in pixels (fused) or in the map's unit (unfused) of one row.
@@ -147,15 +158,15 @@ template <class A> void sample_gradients(const Problem& p, const Samples<A>& s, 
     weight = s.active[i] ? weight : zero;
     x = s.active[i] ? x : zero;
     y = s.active[i] ? y : zero;
-    const int64_t filled = std::min<int64_t>(WIDTH<A>, s.count - i * WIDTH<A>);
-    std::memcpy(grad_weights + i * WIDTH<A>, &weight, filled * sizeof(A));
     const V pairs[2] = {shuffle<A>(x, y, Interleave<WIDTH<A>, 0>{}), shuffle<A>(x, y, Interleave<WIDTH<A>, 1>{})};
-    std::memcpy(grad_samples + 2 * i * WIDTH<A>, pairs, 2 * filled * sizeof(A));
+    copy_lanes(grad_weights + i * WIDTH<A>, &weight, s.count - i * WIDTH<A>);
+    copy_lanes(grad_samples + 2 * i * WIDTH<A>, pairs, 2 * s.count - 2 * i * WIDTH<A>);
+    copy_lanes(grad_samples + (2 * i + 1) * WIDTH<A>, pairs + 1, 2 * s.count - (2 * i + 1) * WIDTH<A>);
   }
 }
 
 // From the gradients of weights and pixel locations to those of logits, offsets and reference, in place.
-template <class A> void finish_fused(const Problem& p, Samples<A>& samples, int64_t image, int64_t query) {
+template <class A> void finish_fused(const Problem& p, Samples<A>& samples, int64_t query) {
   const int64_t size = p.reference_size, all = p.levels * p.points;
   const A* reference = static_cast<const A*>(p.reference) + query * size;
   const A scale = size == 4 ? A(0.5) / static_cast<A>(p.points) : A(0);
@@ -185,13 +196,12 @@ template <class A> void finish_fused(const Problem& p, Samples<A>& samples, int6
   }
   if (p.grad_reference)
     std::copy(grad_reference, grad_reference + size, static_cast<A*>(p.grad_reference) + query * size);
-  (void)image;
 }
 
 template <class T, class A, int D> void backward(const Problem& p) {
   // One image, head and level of grad_value belongs to one task, which adds in the order of queries: no races, and the
   // same result to the bit for any number of threads. Whole heads cost less where there are enough of them.
-  const int64_t maps = p.images * p.heads, stride = p.heads * p.channels;
+  const int64_t maps = p.images * p.heads;
   const bool split = maps % p.threads != 0 && maps < 4 * p.threads;
   const int64_t parts = split ? p.levels : 1, levels = p.levels / parts;
   parallel(maps * parts, p.threads, [&](int64_t task) {
@@ -199,11 +209,11 @@ template <class T, class A, int D> void backward(const Problem& p) {
     Samples<A> samples(p, part * levels, (part + 1) * levels);
     samples.set_image(image);
     std::vector<Vec<A>> partial(4 * samples.vectors * WIDTH<A>), dots(4 * samples.vectors);
-    const int64_t base = image * p.pixels * stride + head * p.channels;
+    const int64_t base = image * p.image_stride + head * p.head_stride;
     for (int64_t q = 0; q < p.queries; ++q) {
       const int64_t query = image * p.queries + q, row = query * p.heads + head;
       samples.prepare(query, row);
-      Fixed<T, A, D>::scatter(samples, static_cast<const T*>(p.value) + base, stride, p.channels,
+      Fixed<T, A, D>::scatter(samples, static_cast<const T*>(p.value) + base, p.pixel_stride, p.channels,
                               static_cast<const A*>(p.grad_output) + row * p.channels,
                               static_cast<A*>(p.grad_value) + base, partial.data(), dots.data());
       sample_gradients(p, samples, dots.data(), row);
@@ -217,7 +227,7 @@ template <class T, class A, int D> void backward(const Problem& p) {
     Samples<A> samples(p, 0, p.levels);
     samples.set_image(image);
     for (int64_t q = first; q < std::min(first + block, p.queries); ++q)
-      finish_fused(p, samples, image, image * p.queries + q);
+      finish_fused(p, samples, image * p.queries + q);
   });
 }
 

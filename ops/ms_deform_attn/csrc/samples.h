@@ -7,13 +7,14 @@
 
 #include "simd.h"
 
-// Row-major tensors: value [B, S, H, D], samples [B, Q, H, N, 2], weights [B, Q, H, N] with N = levels * points.
-// Everything but the value has the accumulation type: float, or double beside a double value.
+// Row-major tensors: samples [B, Q, H, N, 2], weights [B, Q, H, N] with N = levels * points; value [B, S, H, D] with the
+// strides given. Everything but the value has the accumulation type: float, or double beside a double value.
 struct Problem {
   int64_t images, pixels, queries, heads, channels, levels, points;
   int64_t value_type;       // 0 float32, 1 bfloat16, 2 float16, 3 float64
   int64_t fused;            // 1: offsets and logits, with valid sizes and a reference; 0: locations and weights
   int64_t reference_size;   // 2: points, 4: boxes
+  int64_t image_stride, pixel_stride, head_stride;  // of value and grad_value, in elements
   int64_t threads;
   const int64_t* shapes;    // [levels, 2] (h, w)
   const int64_t* valid;     // [B, levels, 2] (h, w); fused only
@@ -23,7 +24,7 @@ struct Problem {
   const void* weights;      // logits or weights
   void* output;             // [B, Q, H, D]
   const void* grad_output;  // [B, Q, H, D]
-  void* grad_value;         // [B, S, H, D] of the accumulation type, zeroed by the caller
+  void* grad_value;         // [B, S, H, D], zeroed by the caller
   void* grad_samples;
   void* grad_weights;
   void* grad_reference;     // or null
@@ -84,8 +85,12 @@ template <class A> class Samples {
   const A* softmax(int64_t row) {
     A* out = reinterpret_cast<A*>(softmax_.data());
     const int64_t used = (all_ + width - 1) / width;
-    if (all_ % width) softmax_[used - 1] = splat(-std::numeric_limits<A>::infinity());
-    std::memcpy(out, static_cast<const A*>(problem_.weights) + row * all_, all_ * sizeof(A));
+    const A* logits = static_cast<const A*>(problem_.weights) + row * all_;
+    for (int64_t i = 0; i < all_ / width; ++i) softmax_[i] = load(logits + i * width);
+    if (const int64_t rest = all_ % width) {
+      softmax_[used - 1] = splat(-std::numeric_limits<A>::infinity());
+      std::memcpy(out + all_ - rest, logits + all_ - rest, rest * sizeof(A));
+    }
     V highest = softmax_[0];
     for (int64_t i = 1; i < used; ++i) highest = softmax_[i] > highest ? softmax_[i] : highest;
     const A offset = maximum<A>(highest);
