@@ -1,0 +1,165 @@
+"""Configuration: reading, merging, strict decoding, and errors a person can act on."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+import config
+from config import Config, ConfigError
+
+ROOT = Path(__file__).parents[1]
+# Sweep files have a form of their own, which the tests of the sweep tool hold.
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "sweeps")
+RUNNABLE = [path for path in CONFIGS if path.name != "coco.yaml"]
+
+DATA = """
+data:
+  train: {images: a, annotations: b}
+  val: {images: c, annotations: d}
+"""
+
+
+def write(tmp_path: Path, text: str, name: str = "run.yaml", data: bool = True) -> Path:
+    path = tmp_path / name
+    path.write_text((DATA if data else "") + text)
+    return path
+
+
+def test_dump_and_load_are_inverse(tmp_path):
+    cfg = config.load(ROOT / "configs" / "align_dino.yaml", ["optimizer.lr=3e-5", "seed=7"])
+    path = write(tmp_path, config.dump(cfg), data=False)
+    assert config.load(path) == cfg
+    assert config.from_dict(config.to_dict(cfg)) == cfg
+
+
+def test_base_files_merge_and_lists_replace(tmp_path):
+    write(tmp_path, "optimizer: {lr: 1e-3, weight_decay: 0.5}\nmodel: {backbone: {strides: [4, 8]}}", "base.yaml")
+    path = write(tmp_path, "base: base.yaml\noptimizer: {lr: 2e-3}\nmodel: {backbone: {strides: [16]}}", data=False)
+    cfg = config.load(path)
+    assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (0.002, 0.5)
+    assert cfg.model.backbone.strides == (16,)
+
+
+def test_changing_the_name_resets_siblings_and_keeping_it_does_not(tmp_path):
+    path = write(tmp_path, "criterion: {classification: {name: focal, alpha: 0.4, gamma: 3.0}}")
+    kept = config.load(path, ["criterion.classification.alpha=0.3"]).criterion.classification
+    assert (kept.name, kept.alpha, kept.gamma) == ("focal", 0.3, 3.0)
+    kept = config.load(path, ["criterion.classification={name: focal, alpha: 0.3}"]).criterion.classification
+    assert (kept.alpha, kept.gamma) == (0.3, 3.0)
+    for override in ("criterion.classification.name=ia_bce", "criterion.classification=ia_bce"):
+        other = config.load(path, [override]).criterion.classification
+        assert (other.name, other.alpha, other.gamma) == ("ia_bce", 0.25, 2.0)
+    named = config.load(path, ["criterion.classification=ia_bce", "criterion.classification.gamma=1"])
+    assert (named.criterion.classification.name, named.criterion.classification.gamma) == ("ia_bce", 1.0)
+
+
+def test_numbers_in_every_notation(tmp_path):
+    for text, value in (("1e-4", 1e-4), ("1.5E+2", 150.0), ("2", 2.0), (".5e1", 5.0)):
+        assert config.load(write(tmp_path, f"optimizer: {{weight_decay: {text}}}")).optimizer.weight_decay == value
+    assert config.load(write(tmp_path, ""), ["optimizer.lr=2e-4"]).optimizer.lr == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("optimizer: {weight_dacay: 1}", [], r"run\.yaml: optimizer\.weight_dacay: unknown key .* mean 'weight_decay'"),
+        ("optimzer: {lr: 1}", [], r"run\.yaml: optimzer: unknown key 'optimzer', did you mean 'optimizer'"),
+        ("seed: 1\nseed: 2", [], r"run\.yaml: line \d+: duplicate key 'seed'"),
+        ("seed: yes please", [], r"run\.yaml: seed: expected an integer, found 'yes please'"),
+        ("seed: 1.5", [], "seed: expected an integer, found 1.5"),
+        ("seed: true", [], "seed: expected an integer, found True"),
+        ("optimizer: {lr: null}", [], "optimizer.lr: must not be null, expected a number"),
+        ("optimizer: 3", [], "optimizer: expected a mapping"),
+        ("optimizer: {lr: -1}", [], r"run\.yaml: optimizer: lr must be positive"),
+        ("optimizer: {betas: [0.9]}", [], "optimizer.betas: expected 2 values, found 1"),
+        ("criterion: {classification: {name: focale}}", [], "unknown name 'focale', did you mean 'focal'"),
+        ("", ["criterion.matcher.candidats=3"], "candidats=3: criterion.matcher.candidats: unknown key"),
+        ("", ["seed"], "override 'seed': expected key.path=value"),
+        ("", ["seed=[1"], "not valid YAML"),
+        ("- a", [], "not valid YAML|expected a mapping"),
+        ("op_backend: gpu", [], "op_backend: expected one of auto, reference, cpu, cuda, found 'gpu'"),
+        ("base: nowhere.yaml", [], r"nowhere\.yaml: cannot read the configuration"),
+        ("base: run.yaml", [], "circle"),
+    ],
+)
+def test_errors_name_source_key_and_what_is_known(tmp_path, text, overrides, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        config.load(write(tmp_path, text), overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_data_says_what_is_required(tmp_path):
+    with pytest.raises(ConfigError, match=r"data.*is required"):
+        config.load(write(tmp_path, "seed: 1", data=False))
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=[str(p.relative_to(ROOT / "configs")) for p in RUNNABLE])
+def test_every_yaml_loads_and_builds(path):
+    cfg = config.load(
+        path, ["model.backbone.pretrained=false", "model.backbone.norm=batch", "model.backbone.frozen_stages=0"]
+    )
+    model = cfg.model.build(num_classes=3)
+    cfg.optimizer.build(model)
+    assert sum(p.numel() for p in model.parameters()) > 1e5
+    assert cfg.data.train.annotations != cfg.data.val.annotations
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[str(p.relative_to(ROOT / "configs")) for p in CONFIGS])
+def test_every_yaml_says_what_it_is(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert header, "a header comment is missing"
+    if path in RUNNABLE:
+        text = "\n".join(header)
+        for word in ("source:", "expected:", "run time:", "command:"):
+            assert word in text
+
+
+def test_align_dino_differs_from_its_baseline_in_the_three_switches_only():
+    def flatten(values, prefix=""):
+        if not isinstance(values, dict):
+            return {prefix: values}
+        return {k: v for key, item in values.items() for k, v in flatten(item, f"{prefix}.{key}").items()}
+
+    base, align = (
+        flatten(config.to_dict(config.load(ROOT / "configs" / name)))
+        for name in ("dino_r50_12ep.yaml", "align_dino.yaml")
+    )
+    different = {key for key in base.keys() | align.keys() if base.get(key) != align.get(key)}
+    assert {".".join(key.split(".")[1:3]) for key in different} == {
+        "criterion.classification",
+        "criterion.matcher",
+        "criterion.prime_sample_tau",
+        "output_dir",
+    }
+    own = yaml.safe_load((ROOT / "configs" / "align_dino.yaml").read_text())
+    assert set(own) == {"base", "output_dir", "criterion"}
+
+
+def schema(kind: typing.Any, found: set[type] | None = None) -> set[type]:
+    """All dataclasses below a configuration class."""
+    found = set() if found is None else found
+    for option in (kind, *typing.get_args(kind)):
+        if dataclasses.is_dataclass(option) and option not in found:
+            found.add(option)
+            for hint in typing.get_type_hints(option).values():
+                schema(hint, found)
+        elif option is not kind:
+            schema(option, found)
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted(schema(Config), key=lambda c: c.__name__), ids=lambda c: c.__name__)
+def test_every_field_has_a_docstring(kind):
+    (tree,) = ast.parse(inspect.getsource(kind)).body
+    assert ast.get_docstring(tree)
+    for statement, following in zip(tree.body, [*tree.body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement.annotation):
+            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            assert documented, f"{kind.__name__}.{ast.unparse(statement.target)} has no docstring"
