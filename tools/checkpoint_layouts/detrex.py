@@ -1,0 +1,77 @@
+"""Checkpoints of detrex (DINO) and of Align-DETR, which is built on it: detectron2's names, heads per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tools.checkpoint_layouts.backbones import detectron2_resnet, swin
+from tools.checkpoint_layouts.conversion import (
+    Conventions,
+    Rule,
+    count,
+    deformable_attention,
+    parameters,
+    self_attention,
+)
+
+NAME = "detrex (DINO or Align-DETR)"
+ROWS_ARE_IDS = False
+
+
+def recognises(weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are entries of this layout."""
+    return "transformer.level_embeds" in weights and "transformer.decoder.ref_point_head.layers.0.weight" in weights
+
+
+def conventions(content: Mapping[str, Any]) -> Conventions:
+    """How this implementation computes; its files say nothing of it, so this is what its DINO models do."""
+    return Conventions(
+        temperature=10000.0, offset=-0.5, denoising={"queries": 100, "label_noise": 0.5, "box_noise": 1.0}
+    )
+
+
+def rules(weights: Mapping[str, Tensor]) -> list[Rule]:
+    """Rules for all entries of the layout."""
+    num_lateral = count(weights, r"neck\.convs\.(\d+)\.conv\.weight")
+    num_layers = count(weights, r"transformer\.decoder\.layers\.(\d+)\..+")
+    encoder, decoder = r"transformer\.encoder\.layers\.(\d+)", r"transformer\.decoder\.layers\.(\d+)"
+    own_encoder, own_decoder = r"encoder.layers.\1", r"decoder.layers.\1"
+    # The head after those of the decoder's layers is the encoder's.
+    heads = [(f"{i}", f"heads.{i}") for i in range(num_layers)] + [(f"{num_layers}", "query_selection.heads")]
+    shared = r"(?:transformer\.decoder\.)?"
+    return [
+        Rule(r"pixel_(?:mean|std)", None, "pixel statistics are part of the configuration"),
+        *detectron2_resnet(r"backbone\."),
+        *swin(r"backbone\.", 4 - num_lateral),
+        parameters(r"neck\.convs\.(\d+)\.conv", r"neck.lateral.\1.0"),
+        parameters(r"neck\.convs\.(\d+)\.norm", r"neck.lateral.\1.1"),
+        parameters(r"neck\.extra_convs\.(\d+)\.conv", r"neck.extra.\1.0"),
+        parameters(r"neck\.extra_convs\.(\d+)\.norm", r"neck.extra.\1.1"),
+        Rule(r"transformer\.level_embeds", "level_embedding"),
+        *deformable_attention(rf"{encoder}\.attentions\.0", f"{own_encoder}.attention"),
+        parameters(rf"{encoder}\.norms\.0", f"{own_encoder}.norm"),
+        parameters(rf"{encoder}\.ffns\.0\.layers\.0\.0", f"{own_encoder}.feed_forward.expand"),
+        parameters(rf"{encoder}\.ffns\.0\.layers\.1", f"{own_encoder}.feed_forward.contract"),
+        parameters(rf"{encoder}\.norms\.1", f"{own_encoder}.feed_forward.norm"),
+        parameters(r"transformer\.enc_output", "query_selection.projection"),
+        parameters(r"transformer\.enc_output_norm", "query_selection.norm"),
+        Rule(r"transformer\.tgt_embed\.weight", "query_content.weight"),
+        Rule(r"label_enc\.weight", "denoising.label_embedding.weight"),
+        *self_attention(rf"{decoder}\.attentions\.0\.attn", f"{own_decoder}.self_attention"),
+        *deformable_attention(rf"{decoder}\.attentions\.1", f"{own_decoder}.cross_attention"),
+        parameters(rf"{decoder}\.norms\.0", f"{own_decoder}.self_norm"),
+        parameters(rf"{decoder}\.norms\.1", f"{own_decoder}.cross_norm"),
+        parameters(rf"{decoder}\.ffns\.0\.layers\.0\.0", f"{own_decoder}.feed_forward.expand"),
+        parameters(rf"{decoder}\.ffns\.0\.layers\.1", f"{own_decoder}.feed_forward.contract"),
+        parameters(rf"{decoder}\.norms\.2", f"{own_decoder}.feed_forward.norm"),
+        parameters(r"transformer\.decoder\.norm", "decoder.norm"),
+        parameters(r"transformer\.decoder\.ref_point_head\.layers\.(\d+)", r"decoder.position_head.layers.\1"),
+        *(parameters(rf"{shared}class_embed\.{index}", f"{own}.class_head") for index, own in heads),
+        *(
+            parameters(rf"{shared}bbox_embed\.{index}\.layers\.(\d+)", rf"{own}.box_head.layers.\1")
+            for index, own in heads
+        ),
+    ]

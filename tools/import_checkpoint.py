@@ -1,0 +1,170 @@
+"""Make a checkpoint of this project out of one of IDEA-Research/DINO, detrex, Align-DETR or mmdetection.
+
+    python -m tools.import_checkpoint dino_4scale.pth --out runs/dino/checkpoint.pth
+    python main.py --eval --resume runs/dino/checkpoint.pth data.val.images=… data.val.annotations=…
+
+The layout is recognised, every entry of the file is used or listed as left out, and the configuration that the weights
+ask for goes into the result. Nothing in the file is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import config as configuration
+from config import Config
+from datasets import Category
+from datasets.annotations import read_annotation_file, read_categories
+from engine import checkpoint
+from tools.checkpoint_layouts import Conversion, convert
+from tools.checkpoint_layouts.reading import read, select_weights
+
+_DATA = {
+    "train": {
+        "images": "data/coco/train2017",
+        "annotations": "data/coco/annotations/instances_train2017.json",
+        "transforms": [{"name": "random_flip"}, {"name": "detr_multi_scale"}],
+    },
+    "val": {
+        "images": "data/coco/val2017",
+        "annotations": "data/coco/annotations/instances_val2017.json",
+        "transforms": [{"name": "resize", "short_side": 800, "max_long_side": 1333}],
+    },
+}
+
+
+def import_checkpoint(
+    path: Path,
+    entry: str | None = None,
+    categories: Sequence[Category] | None = None,
+    ignore: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> tuple[Conversion, Config]:
+    """Read and convert a file.
+
+    Args:
+        path: the published checkpoint.
+        entry: key of the weights in it, such as ``ema_model``; None takes the plain weights.
+        categories: those the model was trained on, in the order of their ids; None: COCO's, or what the file says.
+        ignore: patterns of entries to leave out although they are unknown.
+        overrides: ``key.path=value`` laid over the inferred configuration.
+
+    Raises:
+        ValueError: in one line, why it cannot be imported.
+    """
+    content = read(path)
+    key, weights = select_weights(content, entry, path)
+    try:
+        conversion = convert(content, weights, categories, ignore)
+    except ValueError as error:
+        raise ValueError(f"{path}{f' ({key})' if key else ''}: {error}") from error
+    inferred = {
+        "model": conversion.model,
+        "criterion": {"classification": "focal", "matcher": "hungarian", "prime_sample_tau": None},
+        "data": {**_DATA, **conversion.data},
+        "output_dir": str(Path("runs") / path.stem),
+    }
+    config = configuration.from_dict(inferred, overrides, str(path))
+    _check(config, conversion, path)
+    return conversion, config
+
+
+def _check(config: Config, conversion: Conversion, path: Path) -> None:
+    """Compare with the model that the configuration builds, name by name and shape by shape."""
+    with torch.device("meta"):
+        model = config.model.build(len(conversion.categories), load_backbone=False)
+    expected, found = model.state_dict(), conversion.tensors
+    problems = [f"{name} is not filled" for name in expected if name not in found]
+    problems += [f"{conversion.sources.get(name, name)} has no place in the model" for name in found.keys() - expected]
+    problems += [
+        f"{conversion.sources.get(name, name)} has shape {list(found[name].shape)} instead of {list(value.shape)}"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if problems:
+        raise ValueError(f"{path}: {len(problems)} entries do not fit the model: {'; '.join(problems[:3])}")
+
+
+def save(path: Path, conversion: Conversion, config: Config) -> None:
+    """Write a checkpoint of this project that can be evaluated and fine-tuned.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    weights: Mapping[str, Tensor] = {name: value.detach().clone() for name, value in conversion.tensors.items()}
+    state: dict[str, Any] = {
+        "format": checkpoint.FORMAT,
+        "weights": weights,
+        "ema": None,
+        "config": configuration.to_dict(config),
+        "categories": [[category.id, category.name] for category in conversion.categories],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        torch.save(state, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def report(conversion: Conversion, config: Config) -> list[str]:
+    """What was recognised and what became of the entries, in lines."""
+    model = config.model
+    used = len(set(conversion.sources.values()))
+    lines = [
+        f"layout: {conversion.layout}",
+        f"model: {model.backbone.model}, {model.num_levels} levels, {model.encoder_layers} encoder and "
+        f"{model.decoder_layers} decoder layers, {model.num_queries} queries, {len(conversion.categories)} classes, "
+        f"{'shared heads' if model.shared_heads else 'heads per layer'}, position encoding with temperature "
+        f"{model.position_encoding.temperature:g} and offset {model.position_encoding.offset:g}",
+        f"entries: {used} used, {len(conversion.left_out)} left out, {len(conversion.filled)} not in the file",
+    ]
+    # Entries that were dropped because another holds the same are one line together.
+    reasons = Counter(
+        "the same as another entry" if why.startswith("the same") else why for why in conversion.left_out.values()
+    )
+    lines += [f"  left out: {number} entries: {why}" for why, number in reasons.items()]
+    lines += [f"  filled: {number} entries: {why}" for why, number in Counter(conversion.filled.values()).items()]
+    return lines + [f"  cut: {line}" for line in conversion.cut]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.import_checkpoint", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="published checkpoint, .pth or .safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
+    parser.add_argument("--entry", help="weights to take where the file has several, such as ema_model")
+    parser.add_argument("--categories", type=Path, help="annotation file with the classes, if they are not COCO's")
+    parser.add_argument("--leave-out", action="append", default=[], metavar="PATTERN", help="unknown entries to drop")
+    parser.add_argument("--list", action="store_true", help="print every entry that is left out, with the reason")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the inferred configuration")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        categories = None
+        if options.categories is not None:
+            categories = read_categories(read_annotation_file(options.categories), options.categories)
+        conversion, config = import_checkpoint(
+            options.checkpoint, options.entry, categories, options.leave_out, options.overrides
+        )
+        save(options.out, conversion, config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(report(conversion, config)))
+    if options.list:
+        print("\n".join(f"{name}: {reason}" for name, reason in conversion.left_out.items()))
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
