@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
 
+from losses.entries import at_least_float32
 from ops.boxes import cxcywh_to_xyxy, paired_giou
 
 OverlapLoss = Literal["giou", "diou", "ciou"]
@@ -23,10 +24,11 @@ def box_losses(boxes: Tensor, target_boxes: Tensor, overlap: OverlapLoss = "giou
         overlap: which overlap loss.
 
     Returns:
-        L1 summed over the four coordinates [M], and the overlap loss [M], in float32.
+        L1 summed over the four coordinates [M], and the overlap loss [M], in float32 (float64 for float64 boxes).
     """
     with torch.autocast(boxes.device.type, enabled=False):
-        boxes, target_boxes = boxes.float(), target_boxes.float()
+        boxes = at_least_float32(boxes)
+        target_boxes = target_boxes.to(boxes.dtype)
         distance = (boxes - target_boxes).abs().sum(-1)
         boxes_xyxy, targets_xyxy = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes)
         if overlap == "giou":

@@ -3,8 +3,13 @@
 All are called alike: see ``entries.ClassificationLoss``.
 """
 
+from losses.align import Align
 from losses.focal import Focal
 from losses.ia_bce import IABCE
+from losses.matchability_aware import MatchabilityAware
+from losses.position_supervised import PositionSupervised
+from losses.quality_focal import QualityFocal
+from losses.varifocal import Varifocal
 
-Classification = Focal | IABCE
+Classification = Focal | IABCE | Align | QualityFocal | Varifocal | PositionSupervised | MatchabilityAware
 """Picked by ``name`` in a configuration."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from losses.boxes import OverlapLoss, box_losses
 from losses.classification import Classification
 from losses.diagnostics import instability, matching_diagnostics
+from losses.entries import at_least_float32
 from losses.focal import Focal
 from losses.ranking import prime_sample_weights, rank_within
 from matchers import Hungarian, Matcher
@@ -144,17 +145,17 @@ class CriterionConfig:
         groups = matches.layer * num_images + matches.image
         rows = groups * num_queries + matches.query
         labels = targets.labels[matches.target]
-        matched_boxes = boxes.reshape(-1, 4)[rows].float()
-        target_boxes = targets.boxes[matches.target].float()
+        matched_boxes = at_least_float32(boxes.reshape(-1, 4)[rows])
+        target_boxes = targets.boxes[matches.target].to(matched_boxes.dtype)
 
         weight, described = None, {}
         iou = paired_iou(cxcywh_to_xyxy(matched_boxes.detach()), cxcywh_to_xyxy(target_boxes))
         if supervision.candidates:
-            score = logits.detach()[rows, labels].float().sigmoid()
+            score = at_least_float32(logits.detach()[rows, labels]).sigmoid()
             of_target = matches.layer * len(targets.labels) + matches.target
             rank = rank_within(self.classification.quality(score, iou), of_target)
             if self.prime_sample_tau is not None:
-                weight = prime_sample_weights(rank, self.prime_sample_tau)
+                weight = prime_sample_weights(rank, self.prime_sample_tau, iou.dtype)
             described = matching_diagnostics(
                 supervision.layers, supervision.candidates, matches, rank, score, iou, len(targets.labels)
             )

@@ -27,8 +27,8 @@ class ClassificationLoss:
     """Base of the classification losses: subclasses say what a matched entry costs, and what all others do.
 
     s is the sigmoid of a logit, u the IoU of the predicted box with its target, w the weight of the match, t the
-    target that follows from them, always detached. Everything is computed from logits in float32, whatever the
-    autocast state, and is finite with a finite gradient at any finite logit.
+    target that follows from them, always detached. Everything is computed from logits in float32 (float64 for float64
+    logits), whatever the autocast state, and is finite with a finite gradient at any finite logit.
     """
 
     def negatives(self) -> Negatives:
@@ -69,16 +69,16 @@ class ClassificationLoss:
                 None if all are of one image.
 
         Returns:
-            [N] float32, summed over classes, not divided by anything.
+            [N] float32 (float64 for float64 logits), summed over classes, not divided by anything.
         """
         with torch.autocast(logits.device.type, enabled=False):
             gamma, scale, detached = self.negatives()
-            negatives, matched = _NegativeRows.apply(logits.float(), rows, labels, gamma, detached)
+            negatives, matched = _NegativeRows.apply(at_least_float32(logits), rows, labels, gamma, detached)
             if scale != 1:
                 negatives = negatives * scale
             if weight is not None:
-                weight = weight.detach().float()
-            return negatives.index_add(0, rows, self.matched(matched, iou.detach().float(), weight, groups))
+                weight = weight.detach().to(matched.dtype)
+            return negatives.index_add(0, rows, self.matched(matched, iou.detach().to(matched.dtype), weight, groups))
 
 
 class _NegativeRows(torch.autograd.Function):
@@ -112,6 +112,11 @@ class _NegativeRows(torch.autograd.Function):
         gradient = gradient * grad_rows[:, None]
         gradient[rows, labels] = grad_matched  # each row is matched at most once
         return gradient, None, None, None, None
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precisions widened to float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def power(base: Tensor, exponent: float) -> Tensor:

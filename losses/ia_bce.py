@@ -41,6 +41,5 @@ class IABCE(ClassificationLoss):
 
 
 def aligned_quality(score: Tensor, iou: Tensor, alpha: float) -> Tensor:
-    """max(s^α·u^(1−α), 0.01) of scores and IoUs [M] in [0, 1]: [M], detached, float32."""
-    quality = score.detach().float().pow(alpha) * iou.detach().float().pow(1 - alpha)
-    return quality.clamp(min=SMALLEST_TARGET)
+    """max(s^α·u^(1−α), 0.01) of scores and IoUs [M] in [0, 1]: [M], detached."""
+    return (score.detach().pow(alpha) * iou.detach().pow(1 - alpha)).clamp(min=SMALLEST_TARGET)

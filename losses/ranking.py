@@ -16,15 +16,28 @@ def rank_within(values: Tensor, groups: Tensor) -> Tensor:
     Returns:
         [M] int64. Nothing here synchronises.
     """
-    order = torch.argsort(values.detach(), descending=True, stable=True)
-    order = order[torch.argsort(groups[order], stable=True)]
-    grouped = groups[order]
-    position = torch.arange(len(order), device=order.device)
+    order, first = _order_within(values, groups)
     rank = torch.empty_like(order)
-    rank[order] = position - torch.searchsorted(grouped, grouped)
+    rank[order] = torch.arange(len(order), device=order.device) - first
     return rank
 
 
-def prime_sample_weights(rank: Tensor, tau: float) -> Tensor:
-    """w = e^(−r/τ) of ranks r [M], float32 (Align-DETR, arXiv 2304.07527, equation 7)."""
-    return torch.exp(rank.float() / -tau)
+def max_within(values: Tensor, groups: Tensor) -> Tensor:
+    """The largest value of each value's group: [M] from values [M] and groups [M] int64, without synchronisation."""
+    order, first = _order_within(values, groups)
+    largest = torch.empty_like(values)
+    largest[order] = values[order[first]]
+    return largest
+
+
+def _order_within(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices that sort by group, then by falling value, and for each place where its group starts."""
+    order = torch.argsort(values.detach(), descending=True, stable=True)
+    order = order[torch.argsort(groups[order], stable=True)]
+    grouped = groups[order]
+    return order, torch.searchsorted(grouped, grouped)
+
+
+def prime_sample_weights(rank: Tensor, tau: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """w = e^(−r/τ) of ranks r [M], 0 for the best (Align-DETR, arXiv 2304.07527, prime sample weighting)."""
+    return torch.exp(rank.to(dtype) / -tau)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -49,33 +49,33 @@ def match_supervisions(
     arrays = _to_host([*checks.values(), *costs.values()])
     for name, checksum in zip(checks, arrays, strict=False):
         _require_finite(name, checksum)
-    columns = {}
-    layer_candidates = iter(candidates)
+    found = {}
+    layers_before = 0
     for name, costs_on_host in zip(costs, arrays[len(checks) :], strict=True):
-        columns[name] = _assign_layers(costs_on_host, targets.counts, layer_candidates)
-    assert next(layer_candidates, None) is None, "candidates must name exactly the layers"
-    table = _to_device(np.concatenate(list(columns.values()), axis=1), device)
-    parts = table.split([part.shape[1] for part in columns.values()], dim=1)
-    return {name: Matches(*part.unbind(0)) for name, part in zip(columns, parts, strict=True)}
+        layers = len(costs_on_host)
+        found[name] = _assign_layers(costs_on_host, targets.counts, candidates[layers_before : layers_before + layers])
+        layers_before += layers
+    assert layers_before == len(candidates), "candidates must name exactly the layers"
+    table = _to_device(np.concatenate(list(found.values()), axis=1), device)
+    parts = table.split([columns.shape[1] for columns in found.values()], dim=1)
+    return {name: Matches(*part.unbind(0)) for name, part in zip(found, parts, strict=True)}
 
 
-def _assign_layers(
-    cost: NDArray[np.float32], counts: tuple[int, ...], layer_candidates: Iterator[int]
-) -> NDArray[np.int64]:
+def _assign_layers(cost: NDArray[np.float32], counts: tuple[int, ...], candidates: Sequence[int]) -> NDArray[np.int64]:
     """(layer, image, query, target) [4, M] of cost [L, B, max G, Q]."""
-    num_layers, _, _, num_queries = cost.shape
-    offsets = np.concatenate(([0], np.cumsum(counts)))
-    parts = [np.empty((4, 0), dtype=np.int64)]
-    for layer in range(num_layers):
-        candidates = next(layer_candidates)
-        for image, count in enumerate(counts):
-            if count == 0 or num_queries == 0:
-                continue
-            k = max(1, min(candidates, num_queries // count))
-            target, query = assign(cost[layer, image, :count], k)
-            parts.append(np.stack([np.full_like(query, layer), np.full_like(query, image), query,
-                                   target + offsets[image]]))  # fmt: skip
-    return np.concatenate(parts, axis=1)
+    num_layers, num_images, max_targets, num_queries = cost.shape
+    if num_queries == 0:
+        return np.empty((4, 0), dtype=np.int64)
+    layer, image = (index.reshape(-1) for index in np.indices((num_layers, num_images)))
+    count = np.asarray(counts, dtype=np.int64)[image]
+    capacity = np.minimum(np.asarray(candidates, dtype=np.int64)[layer], num_queries // np.maximum(count, 1))
+    capacity = np.maximum(capacity, 1)
+    query = assign(cost.reshape(num_layers * num_images, max_targets, num_queries), count, capacity)
+    first_target = np.concatenate(([0], np.cumsum(counts)))[image]
+    target = [first + np.repeat(np.arange(c), k) for first, c, k in zip(first_target, count, capacity, strict=True)]
+    slots = count * capacity
+    table = np.stack([np.repeat(layer, slots), np.repeat(image, slots), query, np.concatenate(target)])
+    return table[:, query >= 0]
 
 
 def _checksum(prediction: Prediction) -> Tensor:

@@ -1,0 +1,77 @@
+"""Made-up detector outputs and targets for tests and benchmarks of the criterion."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from structures import Denoising, DetectorOutputs, Matches, Prediction, Targets
+
+
+def random_boxes(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Boxes inside the image, cxcywh, from a hundredth to half of its extent."""
+    size = 0.01 + 0.5 * torch.rand(*shape, 2, generator=generator, dtype=dtype)
+    centre = size / 2 + (1 - size) * torch.rand(*shape, 2, generator=generator, dtype=dtype)
+    return torch.cat((centre, size), dim=-1)
+
+
+def make_targets(generator: torch.Generator, counts: tuple[int, ...], num_classes: int) -> Targets:
+    total = sum(counts)
+    return Targets(
+        torch.randint(0, num_classes, (total,), generator=generator), random_boxes(generator, total), tuple(counts)
+    )
+
+
+def make_prediction(
+    generator: torch.Generator, *shape: int, num_classes: int, dtype: torch.dtype = torch.float32
+) -> Prediction:
+    """Leaves that require gradients: logits around −2 and random boxes."""
+    logits = 2 * torch.randn(*shape, num_classes, generator=generator, dtype=dtype) - 2
+    return Prediction(logits.requires_grad_(), random_boxes(generator, *shape, dtype=dtype).requires_grad_())
+
+
+def make_outputs(
+    seed: int,
+    counts: tuple[int, ...],
+    *,
+    num_layers: int = 3,
+    num_queries: int = 20,
+    num_classes: int = 5,
+    encoder_queries: int | None = None,
+    denoising: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[DetectorOutputs, Targets]:
+    """Outputs of decoder, encoder (0 queries: none) and denoising (2 groups, positive and negative, where it fits)."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = make_targets(generator, counts, num_classes)
+    images = len(counts)
+    decoder = make_prediction(generator, num_layers, images, num_queries, num_classes=num_classes, dtype=dtype)
+    encoder = None
+    if encoder_queries != 0:
+        encoder = make_prediction(
+            generator, images, encoder_queries or num_queries, num_classes=num_classes, dtype=dtype
+        )
+    noised = None
+    if denoising:
+        noised = _make_denoising(generator, targets, num_layers, num_classes, dtype)
+    return DetectorOutputs(decoder, encoder, noised), targets
+
+
+def _make_denoising(
+    generator: torch.Generator, targets: Targets, num_layers: int, num_classes: int, dtype: torch.dtype
+) -> Denoising:
+    groups = [1 + b % 2 for b in range(len(targets.counts))]
+    real = [2 * g * count for g, count in zip(groups, targets.counts, strict=True)]
+    width = max(real, default=0)
+    rows, offset = [], 0
+    for image, (g, count) in enumerate(zip(groups, targets.counts, strict=True)):
+        rows += [
+            (layer, image, group * 2 * count + t, offset + t)
+            for layer in range(num_layers) for group in range(g) for t in range(count)
+        ]  # fmt: skip
+        offset += count
+    columns = torch.tensor(rows, dtype=torch.long).reshape(-1, 4).unbind(1)
+    valid = torch.arange(width) < torch.tensor(real)[:, None]
+    shape = (num_layers, len(targets.counts), width)
+    prediction = make_prediction(generator, *shape, num_classes=num_classes, dtype=dtype)
+    return Denoising(prediction, Matches(*columns), torch.tensor(groups, dtype=torch.float32), valid)

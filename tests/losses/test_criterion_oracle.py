@@ -1,0 +1,135 @@
+"""The criterion against the slow, obvious one: every loss, every supervision, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from losses import (
+    IABCE,
+    Align,
+    CriterionConfig,
+    Focal,
+    MatchabilityAware,
+    PositionSupervised,
+    QualityFocal,
+    Varifocal,
+)
+from matchers import Hungarian, Mixed
+from structures import DetectorOutputs, Prediction, Targets
+from tests.losses import criterion_oracle as oracle
+from tests.losses.criterion_cases import make_outputs
+
+LOSSES = [IABCE(), Focal(), Align(), QualityFocal(), Varifocal(), PositionSupervised(), MatchabilityAware()]
+
+
+def leaves_of(outputs: DetectorOutputs) -> list[torch.Tensor]:
+    parts = [*outputs.decoder, *(outputs.encoder or ())]
+    return parts + (list(outputs.denoising.decoder) if outputs.denoising else [])
+
+
+def gradients(total: torch.Tensor, outputs: DetectorOutputs) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(total, leaves_of(outputs), allow_unused=True, materialize_grads=True))
+
+
+def pairs_found(config: CriterionConfig, outputs: DetectorOutputs, targets: Targets) -> dict:
+    """What the matcher finds, in the oracle's form."""
+    predictions = {"decoder": outputs.decoder}
+    if outputs.encoder is not None:
+        predictions = {"encoder": Prediction(*(part[None] for part in outputs.encoder)), **predictions}
+    found: dict = {}
+    offsets = [sum(targets.counts[:b]) for b in range(len(targets.counts))]
+    for name, matches in config.matcher.match(predictions, targets).items():
+        layers = predictions[name].logits.shape[0]
+        for layer in range(layers):
+            for image in range(len(targets.counts)):
+                found["encoder" if name == "encoder" else f"decoder.{layer}", image] = []
+        for layer, image, query, target in zip(*(index.tolist() for index in matches), strict=True):
+            key = "encoder" if name == "encoder" else f"decoder.{layer}"
+            found[key, image].append((query, target - offsets[image]))
+    return found
+
+
+def assert_equal_to_oracle(config, outputs, targets, rtol, *, given_pairs=False, num_targets=None):
+    layers = outputs.decoder.logits.shape[0] + (outputs.encoder is not None)
+    ours = config(outputs, targets, num_targets)
+    total, terms = oracle.criterion(
+        outputs,
+        targets,
+        config.classification.name,
+        list(config.matcher.layer_candidates(layers)),
+        config.prime_sample_tau,
+        num_targets,
+        pairs_found(config, outputs, targets) if given_pairs else None,
+    )
+    assert ours.terms.keys() == terms.keys()
+    for name, expected in terms.items():
+        assert ours.terms[name].item() == pytest.approx(expected.item(), rel=rtol, abs=rtol), name
+    torch.testing.assert_close(ours.total, total, rtol=rtol, atol=0)
+    for mine, expected in zip(gradients(ours.total, outputs), gradients(total, outputs), strict=True):
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+        torch.testing.assert_close(mine, expected, rtol=rtol, atol=rtol * scale)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("tau", [None, 1.5])
+@pytest.mark.parametrize("matcher", [Hungarian(), Mixed(candidates=3)], ids=lambda matcher: matcher.name)
+def test_every_loss(loss, tau, matcher):
+    outputs, targets = make_outputs(1, (3, 0, 5), dtype=torch.float64)
+    config = CriterionConfig(classification=loss, matcher=matcher, prime_sample_tau=tau)
+    assert_equal_to_oracle(config, outputs, targets, 1e-10)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_float32_is_as_close_as_float32_allows(loss):
+    exact, targets = make_outputs(2, (4, 1, 7), num_queries=60, num_classes=20, dtype=torch.float64)
+    config = CriterionConfig(classification=loss, matcher=Mixed(candidates=2), prime_sample_tau=1.5)
+    single = DetectorOutputs(
+        *(Prediction(*(part.detach().float().requires_grad_() for part in prediction)) for prediction in exact[:2]),
+        exact.denoising._replace(
+            decoder=Prediction(*(part.detach().float().requires_grad_() for part in exact.denoising.decoder))
+        ),
+    )
+    ours, expected = config(single, targets), config(exact, targets)
+    assert ours.total.dtype == torch.float32
+    assert ours.total.item() == pytest.approx(expected.total.item(), rel=1e-6)
+    for mine, reference in zip(gradients(ours.total, single), gradients(expected.total, exact), strict=True):
+        torch.testing.assert_close(mine.double(), reference, rtol=1e-5, atol=1e-6 * reference.abs().max().item())
+
+
+@st.composite
+def problems(draw):
+    counts = tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)))
+    num_layers = draw(st.integers(1, 3))
+    num_queries = draw(st.integers(1, 12))
+    encoder_queries = draw(st.sampled_from([0, num_queries, 7]))
+    layers = num_layers + (encoder_queries > 0)
+    candidates = draw(st.one_of(st.integers(1, 5), st.tuples(*[st.integers(1, 5)] * layers)))
+    outputs, targets = make_outputs(
+        draw(st.integers(0, 2**31)),
+        counts,
+        num_layers=num_layers,
+        num_queries=num_queries,
+        encoder_queries=encoder_queries,
+        num_classes=draw(st.integers(1, 4)),
+        denoising=draw(st.booleans()),
+        dtype=torch.float64,
+    )
+    if draw(st.booleans()):  # exact duplicates: of queries, and of targets
+        with torch.no_grad():
+            for part in (*outputs.decoder, *(outputs.encoder or ())):
+                part[..., 1::2, :] = part[..., : part.shape[-2] // 2 * 2 : 2, :]
+            if len(targets.labels) > 1:
+                targets.labels[1:2], targets.boxes[1:2] = targets.labels[:1], targets.boxes[:1]
+    return outputs, targets, Mixed(candidates=candidates)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from(LOSSES), st.sampled_from([None, 0.5, 3.0]), st.sampled_from([None, 2.0, 37.0]))
+def test_any_shape(problem, loss, tau, num_targets):
+    """Empty images, more targets than queries, duplicates, other query counts in the encoder; matches as found."""
+    outputs, targets, matcher = problem
+    config = CriterionConfig(classification=loss, matcher=matcher, prime_sample_tau=tau)
+    assert_equal_to_oracle(config, outputs, targets, 1e-9, given_pairs=True, num_targets=num_targets)
