@@ -160,8 +160,8 @@ def _read_images(content: dict[str, Any], path: Path | str, report: CleaningRepo
             report.add("image without an id, dropped", f"{entry!r:.60}")
             continue
         image_id, name = entry["id"], entry.get("file_name")
-        if not _is_integer(image_id):
-            raise ValueError(f"{path}: image ids must be integers, got {image_id!r:.60}")
+        if not _is_integer(image_id) or abs(image_id) >= 2**53:  # beyond, a double no longer tells them apart
+            raise ValueError(f"{path}: image ids must be integers of less than 53 bits, got {image_id!r:.60}")
         if not isinstance(name, str) or not name:
             report.add("image without a file name, dropped", f"image {image_id}")
             continue

@@ -46,7 +46,9 @@ class DrawnObject(NamedTuple):
     """Pixels of the shape inside the image, hidden or not."""
 
 
-class _Placed(NamedTuple):
+class PlacedObject(NamedTuple):
+    """An object, rasterised."""
+
     alpha: Pixels
     """[h, w] coverage in [0, 1] of the part inside the image."""
     top: int
@@ -98,7 +100,7 @@ def _outline(
     return points, points * _RING_HOLE if name == "ring" else None
 
 
-def _place(label: int, size: float, canvas: int, rng: np.random.Generator) -> _Placed | None:
+def _place(label: int, size: float, canvas: int, rng: np.random.Generator) -> PlacedObject | None:
     """Rasterises one shape at a random place, possibly across the border; None where too little of it is in sight."""
     points, hole = _outline(NAMES[label], size, rng)
     centre = rng.uniform(0.15 * size, canvas - 0.15 * size, 2)
@@ -129,10 +131,10 @@ def _place(label: int, size: float, canvas: int, rng: np.random.Generator) -> _P
         axis=(1, 3), dtype=np.float32
     )
     box = (float(left + x0), float(top + y0), float(x1 - x0), float(y1 - y0))
-    return _Placed(coverage, int(top), int(left), DrawnObject(label, box, round(float(coverage.sum()), 2)))
+    return PlacedObject(coverage, int(top), int(left), DrawnObject(label, box, round(float(coverage.sum()), 2)))
 
 
-def _layout(scene: Scene, rng: np.random.Generator) -> list[_Placed]:
+def place_objects(scene: Scene, rng: np.random.Generator) -> list[PlacedObject]:
     """Chooses and places the objects of one image, bottom-most first."""
     if rng.random() < scene.empty_share:
         return []
@@ -140,7 +142,7 @@ def _layout(scene: Scene, rng: np.random.Generator) -> list[_Placed]:
     wanted = int(rng.integers(1, scene.max_objects + 1))
     owner = np.full((scene.size, scene.size), -1, dtype=np.int16)
     full: list[int] = []
-    placed: list[_Placed] = []
+    placed: list[PlacedObject] = []
     for _ in range(wanted):
         label = int(rng.integers(len(NAMES)))
         # Half a pixel inside the limits, which rasterising could otherwise step over.
@@ -244,7 +246,7 @@ def _surface_colour(background: Pixels, alpha: Pixels, rng: np.random.Generator)
 
 def draw_image(scene: Scene, rng: np.random.Generator) -> tuple[NDArray[np.uint8], list[DrawnObject]]:
     """One image, [size, size, 3] uint8 RGB, and its objects, bottom-most first."""
-    placed = _layout(scene, rng)
+    placed = place_objects(scene, rng)
     picture = _background(scene.size, rng)
     for item in placed:
         height, width = item.alpha.shape

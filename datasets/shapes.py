@@ -26,6 +26,8 @@ CATEGORY_IDS = (3, 7, 8, 15, 21, 34)
 
 SPLITS = ("train", "val")
 SETTINGS_FILE = "shapes.json"
+"""Appears when the data set is complete."""
+_UNFINISHED_FILE = "shapes.unfinished.json"
 _FORMAT = 1
 """Raised whenever the drawing changes, so that an old data set is not taken for a new one."""
 
@@ -114,15 +116,15 @@ def _is_complete(out: Path, settings: dict[str, Any]) -> bool:
     """Whether ``out`` holds this very data set; ValueError if it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    try:
-        found = json.loads((out / SETTINGS_FILE).read_text())
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or "settings" not in found:
-        raise ValueError(f"{out} exists and is not a shapes data set: choose another directory or remove it")
-    if found["settings"] != settings:
-        raise ValueError(f"{out} holds a shapes data set with other settings: choose another directory or remove it")
-    return bool(found.get("complete"))
+    for name in (SETTINGS_FILE, _UNFINISHED_FILE):
+        try:
+            found = json.loads((out / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if found != settings:
+            raise ValueError(f"{out} holds a shapes data set with other settings: remove it or choose another --out")
+        return name == SETTINGS_FILE
+    raise ValueError(f"{out} exists and is not a shapes data set: remove it or choose another --out")
 
 
 def generate(out: Path | str, config: ShapesConfig | None = None, processes: int | None = None) -> bool:
@@ -142,7 +144,7 @@ def generate(out: Path | str, config: ShapesConfig | None = None, processes: int
     if _is_complete(out, settings):
         return False
     (out / "annotations").mkdir(parents=True, exist_ok=True)
-    (out / SETTINGS_FILE).write_text(json.dumps({"settings": settings, "complete": False}))
+    (out / _UNFINISHED_FILE).write_text(json.dumps(settings, indent=1))
     processes = processes or min(os.cpu_count() or 1, 8)
     for split, count in zip(SPLITS, (config.train_images, config.val_images), strict=True):
         directory = out / "images" / split
@@ -155,5 +157,5 @@ def generate(out: Path | str, config: ShapesConfig | None = None, processes: int
                 drawn = pool.map(write, range(count), chunksize=16)
         path = out / "annotations" / f"instances_{split}.json"
         path.write_text(json.dumps(_annotations(config, split, drawn)))
-    (out / SETTINGS_FILE).write_text(json.dumps({"settings": settings, "complete": True}, indent=1))
+    (out / _UNFINISHED_FILE).replace(out / SETTINGS_FILE)
     return True

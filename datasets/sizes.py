@@ -90,7 +90,8 @@ class RandomResize:
     """The most pixels of the longer side."""
 
     def __post_init__(self) -> None:
-        check_sides(self.name, (*self.short_sides, self.max_long_side or 1))
+        check_sides(self.name, self.short_sides)
+        check_sides(self.name, (self.max_long_side or 1,))
 
     def __call__(self, sample: LabelledImage, rng: random.Random) -> LabelledImage:
         return resize(sample, resized_size(sample.size, rng.choice(self.short_sides), self.max_long_side))
@@ -148,8 +149,8 @@ class DETRMultiScale:
 
     def __post_init__(self) -> None:
         check_probability(self.name, self.crop_probability)
-        check_sides(self.name, (*self.short_sides, self.max_long_side))
-        check_sides(self.name, self.crop_short_sides)
+        for sides in (self.short_sides, self.crop_short_sides, (self.max_long_side,)):
+            check_sides(self.name, sides)
         RandomSizeCrop(min_size=self.crop_min_size, max_size=self.crop_max_size)
 
     def __call__(self, sample: LabelledImage, rng: random.Random) -> LabelledImage:
