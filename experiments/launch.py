@@ -1,0 +1,257 @@
+"""Running the runs of a sweep as processes of their own, some at a time, with progress over the whole."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from engine.run_directory import METRICS
+from experiments.plan import STATE_DIRECTORY, Plan, PlannedRun
+from experiments.runs import read_metrics, read_run
+
+POLL_SECONDS = 0.2
+REPORT_SECONDS = 30.0
+"""Between lines of progress where the output is not a terminal."""
+
+
+class Launch(NamedTuple):
+    """How to start the runs."""
+
+    main: Path
+    """The program, main.py."""
+    processes: int = 1
+    """Of each run; more than one are started by torchrun."""
+    jobs: int = 1
+    """Runs at the same time."""
+
+
+def command(plan: Plan, run: PlannedRun, launch: Launch, *, for_people: bool = False) -> list[str]:
+    """The command line of one run; it goes on where the run was interrupted.
+
+    Args:
+        plan: the sweep.
+        run: one of its runs.
+        launch: how it is started.
+        for_people: with the names of programs instead of the path of this interpreter.
+    """
+    python = "python" if for_people else sys.executable
+    start = [python]
+    if launch.processes > 1:
+        start = ["torchrun"] if for_people else [python, "-m", "torch.distributed.run"]
+        # Its own rendezvous: several may run on one machine at a time.
+        start += ["--standalone", "--nproc-per-node", str(launch.processes)]
+    arguments = ["--cfg", str(plan.cfg), *run.overrides, f"output_dir={plan.directory(run)}", "--resume", "auto"]
+    return [*start, str(launch.main), *arguments]
+
+
+def shell_line(plan: Plan, run: PlannedRun, launch: Launch) -> str:
+    """:func:`command` as one line of shell."""
+    return shlex.join(command(plan, run, launch, for_people=True))
+
+
+class _Job(NamedTuple):
+    run: PlannedRun
+    process: subprocess.Popen[bytes]
+    began: float
+    slot: int
+
+
+class Launcher:
+    """Starts what is missing of a sweep, and keeps going when a run fails."""
+
+    def __init__(self, plan: Plan, launch: Launch, say: Callable[[str], None] = print) -> None:
+        self.plan, self.launch, self.say = plan, launch, say
+        self.failed: list[PlannedRun] = []
+        self._stop = 0
+        self._jobs: list[_Job] = []
+        self._durations: list[float] = []
+        self._reported = 0.0
+
+    def run(self) -> int:
+        """Run everything that is not done yet.
+
+        Returns:
+            0 if all runs are done now, 1 if some have failed, 128 + the signal's number if it was stopped.
+
+        Raises:
+            ValueError: another process is working on this sweep.
+        """
+        lock = self._claim()
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return self._run()
+        finally:
+            for job in self._jobs:
+                job.process.kill()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            os.close(lock)
+
+    def _claim(self) -> int:
+        try:
+            (self.plan.out / STATE_DIRECTORY).mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.plan.out / STATE_DIRECTORY / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(f"{self.plan.out} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise ValueError(f"{self.plan.out}: another process is working on this sweep") from error
+        return lock
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Ask the runs to stop in good order; the second time too, they then stop at once."""
+        self._stop = number
+        for job in self._jobs:
+            job.process.send_signal(number)
+
+    def _run(self) -> int:
+        pending = [run for run in self.plan.runs if self._state(run) != "done"]
+        self._done = len(self.plan.runs) - len(pending)
+        if self._done:
+            self.say(f"{self._done} of {len(self.plan.runs)} runs are done already")
+        while (pending and not self._stop) or self._jobs:
+            while pending and not self._stop and len(self._jobs) < self.launch.jobs:
+                self._start(pending.pop(0))
+            time.sleep(POLL_SECONDS)
+            for job in [job for job in self._jobs if job.process.poll() is not None]:
+                self._jobs.remove(job)
+                self._finish(job, len(pending))
+            self._report(len(pending))
+        if self._stop:
+            self.say(f"stopped by {signal.Signals(self._stop).name}; the same command goes on")
+            return 128 + self._stop
+        return 1 if self.failed else 0
+
+    def _state(self, run: PlannedRun) -> str:
+        return read_run(self.plan.directory(run), self.plan.outcome_file(run)).state
+
+    def _start(self, run: PlannedRun) -> None:
+        slot = next(i for i in range(self.launch.jobs) if i not in {job.slot for job in self._jobs})
+        number = self._done + len(self.failed) + len(self._jobs) + 1
+        self.plan.outcome_file(run).unlink(missing_ok=True)
+        with self.plan.log_file(run).open("ab") as log:
+            # In a session of its own, so that Ctrl-C reaches it once, from here.
+            process = subprocess.Popen(
+                command(self.plan, run, self.launch),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(slot),
+                start_new_session=True,
+            )
+        self._jobs.append(_Job(run, process, time.monotonic(), slot))
+        self.say(f"[{number}/{len(self.plan.runs)}] {run.name}: started, log in {self.plan.log_file(run)}")
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        """Runs side by side share the cores, and each has GPUs of its own."""
+        environment = dict(os.environ)
+        if self.launch.jobs > 1:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // (self.launch.jobs * self.launch.processes))))
+            if visible := environment.get("CUDA_VISIBLE_DEVICES"):
+                devices = visible.split(",")
+                own = [devices[(slot * self.launch.processes + i) % len(devices)] for i in range(self.launch.processes)]
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(own))
+        return environment
+
+    def _finish(self, job: _Job, waiting: int) -> None:
+        seconds = time.monotonic() - job.began
+        code = job.process.returncode
+        code = 128 - code if code < 0 else code
+        message = "" if code == 0 else last_words(self.plan.log_file(job.run))
+        outcome = {"exit_code": code, "message": message, "seconds": round(seconds, 1)}
+        self.plan.outcome_file(job.run).write_text(json.dumps(outcome) + "\n", encoding="utf-8")
+        if self._stop and code != 0:
+            self.say(f"{job.run.name}: stopped after {duration(seconds)}")
+            return
+        if code == 0:
+            self._done += 1
+            self._durations.append(seconds)
+            _, evals = read_metrics(self.plan.directory(job.run) / METRICS)
+            result = f", AP {evals[-1]['AP']:.2f}" if evals and evals[-1].get("AP") is not None else ""
+            words = f"done in {duration(seconds)}{result}"
+        else:
+            self.failed.append(job.run)
+            words = f"FAILED after {duration(seconds)}: {message}"
+        self.say(f"{job.run.name}: {words}; {self._summary(waiting)}")
+
+    def _report(self, waiting: int) -> None:
+        """A line of progress now and then."""
+        if not self._jobs or time.monotonic() - max(self._reported, self._jobs[0].began) < REPORT_SECONDS:
+            return
+        self._reported = time.monotonic()
+        parts = []
+        for job in self._jobs:
+            train, _ = read_metrics(self.plan.directory(job.run) / METRICS)
+            at = f"epoch {train[-1]['epoch']:.2f}, loss {train[-1].get('loss') or float('nan'):.3f}" if train else "…"
+            parts.append(f"{job.run.name} ({at})")
+        self.say(f"running {', '.join(parts)}; {self._summary(waiting)}")
+
+    def _summary(self, waiting: int) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        text = f"{self._done} of {len(self.plan.runs)} done{failed}"
+        if not waiting and not self._jobs:
+            return text
+        left = self._seconds_left(waiting)
+        return f"{text}, ETA {'unknown' if left is None else duration(left)}"
+
+    def _seconds_left(self, waiting: int) -> float | None:
+        """From the run times so far, or from what the present runs expect of themselves."""
+        now = time.monotonic()
+        remaining = []
+        for job in self._jobs:
+            train, _ = read_metrics(self.plan.directory(job.run) / METRICS)
+            # A resumed run's old records say nothing about now, but its next one will.
+            remaining.append(train[-1].get("eta_seconds") if train else None)
+        known = [(job, left) for job, left in zip(self._jobs, remaining, strict=True) if left is not None]
+        if self._durations:
+            whole = sum(self._durations) / len(self._durations)
+        elif known:
+            whole = sum(now - job.began + left for job, left in known) / len(known)
+        else:
+            return None
+        running = [
+            max(0.0, whole - (now - job.began)) if left is None else left
+            for job, left in zip(self._jobs, remaining, strict=True)
+        ]
+        return (sum(running) + waiting * whole) / max(1, min(self.launch.jobs, len(running) + waiting))
+
+
+def last_words(log: Path) -> str:
+    """The last error of a log, or its last line."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    lines = [line.strip() for line in lines[-200:] if line.strip()]
+    errors = [line for line in lines if line.startswith("error") or "Error: " in line]
+    return (errors or lines or [""])[-1].removeprefix("error: ")[:500]
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def describe(plan: Plan) -> Sequence[str]:
+    """One line for each run, with its state."""
+    width = max(len(run.name) for run in plan.runs)
+    lines = []
+    for run in plan.runs:
+        found = read_run(plan.directory(run), plan.outcome_file(run))
+        reason = f"  {found.message}" if found.message else ""
+        lines.append(f"{run.name:<{width}}  {found.state:<10}  {' '.join(run.overrides)}{reason}")
+    return lines

@@ -1,0 +1,200 @@
+"""The runs of a sweep, validated before the first one starts, and the manifest that lets a sweep go on later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.grid import combinations
+from experiments.sweep_file import Sweep
+
+MANIFEST = "sweep.json"
+STATE_DIRECTORY = ".sweep"
+"""Beside the runs: the log and the outcome of each."""
+
+MACHINE_KEYS = ("output_dir", "op_backend", "trainer.device", "data.num_workers", "data.worker_start", "data.prefetch")
+"""What may differ between the start of a run and its continuation, because it does not change what is learned."""
+
+Decode = Callable[[Path, Sequence[str]], dict[str, Any]]
+"""Configuration file and overrides to the resolved configuration; ValueError where they are wrong."""
+
+
+class PlannedRun(NamedTuple):
+    """One run of a sweep."""
+
+    name: str
+    """Its directory below that of the sweep."""
+    variant: str | None
+    """Of the sweep file; None where there are no variants."""
+    overrides: tuple[str, ...]
+    """``key=value``, without the output directory."""
+
+
+class Plan(NamedTuple):
+    """All runs of a sweep."""
+
+    cfg: Path
+    out: Path
+    baseline: str | None
+    runs: tuple[PlannedRun, ...]
+
+    def directory(self, run: PlannedRun) -> Path:
+        """Output directory of a run."""
+        return self.out / run.name
+
+    def outcome_file(self, run: PlannedRun) -> Path:
+        """What became of the run when it was last started: JSON with ``exit_code`` and perhaps ``message``."""
+        return self.out / STATE_DIRECTORY / f"{run.name}.json"
+
+    def log_file(self, run: PlannedRun) -> Path:
+        """Everything the run printed."""
+        return self.out / STATE_DIRECTORY / f"{run.name}.log"
+
+
+def make_plan(sweep: Sweep, out: Path, decode: Decode) -> Plan:
+    """Every variant with every combination of the grid, each decoded to see that it is valid.
+
+    Raises:
+        ValueError: a combination is not a valid configuration, or two are the same.
+    """
+    variants: list[tuple[str | None, dict[str, str]]] = [(None, {})]
+    if sweep.variants:
+        variants = list(sweep.variants.items())
+    rows = [
+        (variant, chosen, {**sweep.overrides, **settings, **chosen})
+        for variant, settings in variants
+        for chosen in combinations(sweep.grid)
+    ]
+    names = _names([(variant, chosen) for variant, chosen, _ in rows])
+    runs = tuple(
+        PlannedRun(name, variant, tuple(f"{key}={value}" for key, value in overrides.items()))
+        for name, (variant, _, overrides) in zip(names, rows, strict=True)
+    )
+    plan = Plan(sweep.cfg, out, sweep.baseline, runs)
+    resolve_all(plan, decode)
+    return plan
+
+
+def resolve_all(plan: Plan, decode: Decode) -> dict[str, dict[str, Any]]:
+    """The resolved configuration of every run, by name.
+
+    Raises:
+        ValueError: one is not valid, or two are the same.
+    """
+    resolved: dict[str, dict[str, Any]] = {}
+    seen: dict[str, str] = {}
+    for run in plan.runs:
+        try:
+            values = decode(plan.cfg, [*run.overrides, f"output_dir={plan.directory(run)}"])
+        except ValueError as error:
+            raise ValueError(f"run {run.name}: {error}") from error
+        text = json.dumps(without_machine(values), sort_keys=True)
+        if text in seen:
+            raise ValueError(f"runs {seen[text]} and {run.name} have the same configuration: remove one of them")
+        seen[text] = run.name
+        resolved[run.name] = values
+    return resolved
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys; lists are values."""
+    if not isinstance(values, Mapping):
+        return {prefix: values}
+    if not values and prefix:
+        return {prefix: {}}
+    result: dict[str, Any] = {}
+    for key, item in values.items():
+        result.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+    return result
+
+
+def without_machine(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration, flattened, without what does not change the result."""
+    return {key: value for key, value in flatten(values).items() if key not in MACHINE_KEYS}
+
+
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """For each dotted key its shortest ending that no other of the keys has."""
+    result = {}
+    for key in keys:
+        parts = key.split(".")
+        endings = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        others = [other for other in keys if other != key]
+        unique = (e for e in endings if not any(o == e or o.endswith(f".{e}") for o in others))
+        result[key] = next(unique, key)
+    return result
+
+
+def _names(rows: Sequence[tuple[str | None, Mapping[str, str]]]) -> list[str]:
+    """Directory names, such as focal_seed-0; told apart by a hash where the values are no good for names."""
+    short = short_keys(list(rows[0][1]))
+    names = []
+    for variant, chosen in rows:
+        parts = [variant] if variant is not None else []
+        parts += [f"{short[key]}-{value}" for key, value in chosen.items()]
+        cleaned = [re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-") for part in parts]
+        names.append("_".join(cleaned) or "run")
+    times = Counter(names)
+    for i, (variant, chosen) in enumerate(rows):
+        if times[names[i]] > 1 or len(names[i]) > 100:
+            digest = hashlib.sha256(json.dumps([variant, chosen], sort_keys=True).encode()).hexdigest()[:8]
+            names[i] = f"{names[i][:80]}_{digest}"
+    return names
+
+
+# ------------------------------------------------------------------------------------------------- manifest
+
+
+def write_manifest(plan: Plan) -> None:
+    """Write or replace the sweep's manifest, as a whole or not at all."""
+    (plan.out / STATE_DIRECTORY).mkdir(parents=True, exist_ok=True)
+    content = {
+        "cfg": str(plan.cfg),
+        "baseline": plan.baseline,
+        "runs": [{"name": r.name, "variant": r.variant, "overrides": list(r.overrides)} for r in plan.runs],
+    }
+    temporary = plan.out / f".{MANIFEST}.writing"
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, plan.out / MANIFEST)
+
+
+def read_manifest(out: Path) -> Plan | None:
+    """The plan that a sweep's directory holds, None if it holds none.
+
+    Raises:
+        ValueError: its manifest is damaged.
+    """
+    path = out / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        runs = tuple(PlannedRun(r["name"], r["variant"], tuple(r["overrides"])) for r in content["runs"])
+        return Plan(Path(content["cfg"]), out, content["baseline"], runs)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, cannot be read as the manifest of a sweep ({error!r})") from error
+
+
+def extend(old: Plan, new: Plan) -> Plan:
+    """The runs of both, those of the old plan first: a sweep may grow.
+
+    Raises:
+        ValueError: the new plan contradicts the old one.
+    """
+    if old.cfg != new.cfg:
+        raise ValueError(f"{old.out} holds a sweep over {old.cfg}, not {new.cfg}: choose another --out")
+    known = {run.name: run for run in old.runs}
+    for run in new.runs:
+        if run.name in known and known[run.name] != run:
+            raise ValueError(
+                f"{old.out} holds a run {run.name} with other overrides ({' '.join(known[run.name].overrides)}): "
+                "choose another --out"
+            )
+    added = tuple(run for run in new.runs if run.name not in known)
+    return Plan(old.cfg, old.out, new.baseline or old.baseline, old.runs + added)

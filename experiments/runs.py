@@ -1,0 +1,123 @@
+"""What a run has left in its directory, read without touching it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from engine.run_directory import CONFIG, ENVIRONMENT, METRICS
+
+State = Literal["done", "failed", "unfinished", "missing"]
+
+
+class Run(NamedTuple):
+    """A run directory as it stands."""
+
+    directory: Path
+    state: State
+    """``unfinished`` is interrupted, or still going on."""
+    message: str
+    """Why it failed; empty otherwise."""
+    config: dict[str, Any]
+    """Resolved; empty before the run has begun."""
+    train: list[dict[str, Any]]
+    """Records of training, by step."""
+    evals: list[dict[str, Any]]
+    """Records of evaluations, by step."""
+    environment: dict[str, Any]
+    """Of the last start; empty if unknown."""
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on training steps and evaluations, as logged."""
+        spent, before = 0.0, 0
+        for record in self.train:
+            spent += record.get("seconds_per_step", 0.0) * (record["step"] - before)
+            before = record["step"]
+        return spent + sum(record.get("seconds", 0.0) for record in self.evals)
+
+
+def read_run(directory: Path, outcome_file: Path | None = None) -> Run:
+    """Read a run directory; whatever is missing or half-written in it counts as absent.
+
+    Args:
+        directory: of the run; may not exist yet.
+        outcome_file: where a sweep notes how the run last ended.
+    """
+    train, evals = read_metrics(directory / METRICS)
+    config = _read_yaml(directory / CONFIG)
+    outcome = _read_json(outcome_file) if outcome_file is not None else {}
+    state: State
+    if is_finished(train, evals):
+        state = "done"
+    elif outcome.get("exit_code", 0) not in (0, 130, 143):
+        state = "failed"
+    else:
+        state = "unfinished" if config or train else "missing"
+    message = str(outcome.get("message") or f"exit code {outcome.get('exit_code')}") if state == "failed" else ""
+    starts = _read_lines(directory / ENVIRONMENT)
+    return Run(directory, state, message, config, train, evals, starts[-1] if starts else {})
+
+
+def is_finished(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> bool:
+    """Whether the last step is logged (nothing remains after it) and has been evaluated."""
+    if not train or not evals:
+        return False
+    return train[-1].get("eta_seconds") == 0 and evals[-1]["step"] == train[-1]["step"]
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training, evaluation) records of a metrics file in the order of their steps; of repeated ones the latest."""
+    kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
+    for record in _read_lines(path):
+        if record.get("kind") in kinds and isinstance(record.get("step"), int):
+            kinds[record["kind"]][record["step"]] = record
+    train, evals = ([by_step[step] for step in sorted(by_step)] for by_step in kinds.values())
+    return train, evals
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory holds a run."""
+    return (directory / CONFIG).is_file() or (directory / METRICS).is_file()
+
+
+def find_runs(directory: Path) -> list[Path]:
+    """Run directories in ``directory`` and one level below, or itself."""
+    if is_run(directory):
+        return [directory]
+    return [path for path in sorted(directory.iterdir()) if path.is_dir() and is_run(path)]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a line that is being written, or was when the process died
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}

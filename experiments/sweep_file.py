@@ -1,0 +1,154 @@
+"""Sweeps as YAML files: a configuration, named variants of it, and a grid over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.grid import Grid, check_distinct, parse_axis
+
+KEYS = ("base", "cfg", "baseline", "overrides", "variants", "grid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What to run: every variant with every combination of the grid."""
+
+    cfg: Path
+    """Configuration of which everything is a variation."""
+    baseline: str | None = None
+    """Variant, or ``key=value`` of the grid, with which the others are compared."""
+    overrides: dict[str, str] = field(default_factory=dict)
+    """For all runs."""
+    variants: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Overrides by the name of the variant; none where all variation is in the grid."""
+    grid: Grid = field(default_factory=dict)
+    """Values of further keys, crossed with the variants."""
+
+    def updated(self, axes: Grid) -> Sweep:
+        """With the keys of the command line in place of the file's: one value overrides, several are an axis."""
+        for name, settings in self.variants.items():
+            if both := sorted(settings.keys() & axes.keys()):
+                raise ValueError(f"{both[0]} is set by the variant '{name}' and cannot be varied as well")
+        overrides = {key: value for key, value in self.overrides.items() if key not in axes}
+        grid = {key: axes.get(key, values) for key, values in self.grid.items()}
+        for key, values in axes.items():
+            if key in grid or len(values) > 1:
+                grid[key] = values
+            else:
+                overrides[key] = values[0]
+        return replace(self, overrides=overrides, grid=grid)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise ValueError(f"line {node.value[i][0].start_mark.line + 1}: duplicate key '{key}'")
+        return super().construct_mapping(node, deep)
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read a sweep file; with ``base``, its keys replace those of another sweep file.
+
+    Raises:
+        ValueError: it cannot be read, has unknown keys or values of the wrong kind, or names no configuration.
+    """
+    values = _read_values(path, ())
+    if "cfg" not in values:
+        raise ValueError(f"{path}: 'cfg', the configuration to vary, is missing")
+    variants = {
+        str(name): _overrides(settings, f"{path}: variants.{name}")
+        for name, settings in _mapping(values.get("variants", {}), f"{path}: variants").items()
+    }
+    grid = {}
+    for key, axis in _mapping(values.get("grid", {}), f"{path}: grid").items():
+        grid[str(key)] = _axis(str(key), axis, f"{path}: grid.{key}")
+        for name, settings in variants.items():
+            if key in settings:
+                raise ValueError(f"{path}: {key} is in the grid and in the variant '{name}'")
+    if not variants and not grid:
+        raise ValueError(f"{path}: neither 'variants' nor 'grid' has an entry, so there is nothing to run")
+    baseline = values.get("baseline")
+    if baseline is not None and not isinstance(baseline, str):
+        raise ValueError(f"{path}: baseline: expected the name of a variant or key=value, found {baseline!r}")
+    if variants and baseline is not None and baseline not in variants:
+        raise ValueError(f"{path}: baseline: there is no variant '{baseline}', known: {', '.join(variants)}")
+    return Sweep(
+        cfg=values["cfg"],
+        baseline=baseline,
+        overrides=_overrides(values.get("overrides", {}), f"{path}: overrides"),
+        variants=variants,
+        grid=grid,
+    )
+
+
+def _read_values(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's top-level keys laid over those of its base; paths are made relative to the working directory."""
+    if path.resolve() in below:
+        raise ValueError(f"{path}: 'base' files form a circle")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the sweep ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    values = dict(_mapping(values, str(path)))
+    for key in values:
+        if key not in KEYS:
+            raise ValueError(f"{path}: unknown key '{key}', known: {', '.join(KEYS)}")
+    for key in ("base", "cfg"):
+        if key in values:
+            if not isinstance(values[key], str):
+                raise ValueError(f"{path}: {key}: expected one file name, relative to this file")
+            values[key] = _shortened(path.parent / values[key])
+    base = values.pop("base", None)
+    return values if base is None else {**_read_values(base, (*below, path.resolve())), **values}
+
+
+def _shortened(path: Path) -> Path:
+    """Without ``..``, and relative to the working directory where it is below it: as a person would write it."""
+    resolved = path.resolve()
+    here = Path.cwd()
+    return resolved.relative_to(here) if resolved.is_relative_to(here) else resolved
+
+
+def _mapping(value: Any, where: str) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: expected a mapping of keys, found {value!r}")
+    return value
+
+
+def _overrides(value: Any, where: str) -> dict[str, str]:
+    return {str(key): _text(item) for key, item in _mapping(value, where).items()}
+
+
+def _axis(key: str, value: Any, where: str) -> list[str]:
+    """Values of a grid key: a list, or text as on the command line (``0..2``)."""
+    if isinstance(value, list):
+        values = [_text(item) for item in value]
+        check_distinct(key, values)
+    elif isinstance(value, str):
+        values = parse_axis(f"{key}={value}")[1]
+    else:
+        raise ValueError(f"{where}: expected a list of values or a range such as 0..2, found {value!r}")
+    if not values:
+        raise ValueError(f"{where}: the list is empty")
+    return values
+
+
+def _text(value: Any) -> str:
+    """A value as the right-hand side of an override, in one line of YAML."""
+    if isinstance(value, str):
+        return value
+    text = yaml.safe_dump(value, default_flow_style=True, width=1_000_000, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("...").strip()

@@ -1,0 +1,156 @@
+"""Runs a grid of overrides: python -m tools.sweep --cfg configs/align_dino.yaml KEY=a,b,c seed=0..2 --out runs/NAME.
+
+Everything is validated before the first run starts. Called again, it finishes what is missing and repeats nothing.
+Without a grid, it goes on with the sweep in --out. `python -m tools.compare` makes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import config
+from experiments.grid import parse_grid
+from experiments.launch import Launch, Launcher, describe, shell_line
+from experiments.plan import (
+    MANIFEST,
+    Plan,
+    extend,
+    make_plan,
+    read_manifest,
+    resolve_all,
+    without_machine,
+    write_manifest,
+)
+from experiments.runs import read_run
+from experiments.slurm import script
+from experiments.sweep_file import Sweep, read_sweep
+
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--cfg", type=Path, help="configuration of which everything is a variation")
+    what.add_argument("--sweep", type=Path, help="sweep file (configs/sweeps/*.yaml): configuration, variants and grid")
+    parser.add_argument("axes", nargs="*", metavar="KEY=VALUES", help="a,b,c or 0..2; a single value is for all runs")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the sweep, with one directory a run")
+    parser.add_argument("--baseline", help="variant or key=value that compare takes as the baseline")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="validate, show the runs and their state, start nothing")
+    mode.add_argument("--list", action="store_true", help="print the command of each run that is not done, one a line")
+    mode.add_argument("--slurm", action="store_true", help="write a job-array script for what is not done")
+    parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes of each run (torchrun)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time")
+    parser.add_argument("--time-limit", default="24:00:00", help="of each element of a job array (%(default)s)")
+    return parser
+
+
+def _decode(cfg: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    return config.to_dict(config.load(cfg, overrides))
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """The runs that the command line and the directory describe, all of them valid.
+
+    Raises:
+        ValueError: something about them is wrong.
+    """
+    existing = read_manifest(args.out)
+    grid = parse_grid(args.axes)
+    if args.sweep is not None:
+        sweep = read_sweep(args.sweep).updated(grid)
+    elif args.cfg is not None:
+        if not grid:
+            raise ValueError("the grid is empty: give at least one KEY=VALUES, such as seed=0..2")
+        sweep = Sweep(cfg=args.cfg).updated(grid)
+    elif existing is not None and not grid:
+        resolve_all(existing, _decode)
+        return existing
+    else:
+        raise ValueError(
+            f"--cfg or --sweep is needed: {args.out} holds no {MANIFEST} to go on with"
+            if existing is None
+            else "to add runs to a sweep, give its --cfg or --sweep as well"
+        )
+    plan = make_plan(sweep, args.out, _decode)
+    if args.baseline is not None:
+        plan = plan._replace(baseline=args.baseline)
+    if existing is None:
+        return plan
+    plan = extend(existing, plan)
+    resolve_all(plan, _decode)
+    return plan
+
+
+def check_directories(plan: Plan) -> None:
+    """Raise ValueError if a run directory holds a run of another configuration."""
+    for name, values in resolve_all(plan, _decode).items():
+        found = read_run(plan.out / name).config
+        if not found:
+            continue
+        old, new = without_machine(found), without_machine(values)
+        different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        if different:
+            key = different[0]
+            raise ValueError(
+                f"{plan.out / name} holds a run with {key}={old.get(key)}, the sweep wants {new.get(key)}: "
+                "choose another --out, or remove that run"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = _parser().parse_intermixed_args(arguments)
+    try:
+        if min(args.jobs, args.nproc_per_node) < 1:
+            raise ValueError("--jobs and --nproc-per-node must be at least 1")
+        plan = plan_of(args)
+        check_directories(plan)
+        return _act(plan, args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _act(plan: Plan, args: argparse.Namespace) -> int:
+    here = Path.cwd()
+    main_file = MAIN.relative_to(here) if MAIN.is_relative_to(here) else MAIN
+    launch = Launch(main_file, args.nproc_per_node, args.jobs)
+    missing = [run for run in plan.runs if read_run(plan.directory(run)).state != "done"]
+    if args.dry_run:
+        print("\n".join(describe(plan)))
+        print(f"{len(plan.runs)} runs, {len(plan.runs) - len(missing)} done")
+        return 0
+    if args.list:
+        for run in missing:
+            print(shell_line(plan, run, launch))
+        return 0
+    write_manifest(plan)
+    if args.slurm:
+        if not missing:
+            print("all runs are done: there is nothing to submit")
+            return 0
+        path = plan.out / "sweep.sbatch"
+        path.write_text(script(plan, missing, launch, here, args.time_limit), encoding="utf-8")
+        print(f"wrote {path} for {len(missing)} runs: sbatch {path}")
+        return 0
+    launcher = Launcher(plan, launch, say=lambda text: print(text, flush=True))
+    code = launcher.run()
+    for run in launcher.failed:
+        print(f"failed: {run.name}: {read_run(plan.directory(run), plan.outcome_file(run)).message}", file=sys.stderr)
+    print(f"compare: python -m tools.compare {plan.out}", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
