@@ -155,7 +155,8 @@ def backward(
     needs_reference: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of value, reference (None unless needed), samples and weights, each in its own dtype."""
-    call = _Call(value, spatial_shapes, valid_sizes, reference, samples, weights)
+    wide = value.to(torch.float32) if value.dtype in (torch.bfloat16, torch.float16) else value
+    call = _Call(wide, spatial_shapes, valid_sizes, reference, samples, weights)
     B, S, H, D = value.shape
     grad_value = torch.zeros((B, H, S, D) if call.by_head else (B, S, H, D), dtype=call.dtype)
     grad_samples = torch.empty(samples.shape, dtype=call.dtype)

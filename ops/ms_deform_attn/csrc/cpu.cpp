@@ -25,7 +25,7 @@ template <class Task> void parallel(int64_t tasks, int64_t threads, const Task& 
 }
 
 // D channels per head, known at compile time.
-template <class T, class A, int D> struct Fixed {
+template <class T, class A, int D> struct Channels {
   static constexpr int width = WIDTH<A>, vectors = D / width;
 
   static void gather(const Samples<A>& s, const T* value, int64_t stride, int64_t, A* out) {
@@ -44,7 +44,7 @@ template <class T, class A, int D> struct Fixed {
   }
 
   // Adds to grad_value and leaves the dot product of grad with tap t of sample n in dots[t * padded + n].
-  static void scatter(const Samples<A>& s, const T* value, int64_t stride, int64_t, const A* grad, A* grad_value,
+  static void scatter(const Samples<A>& s, const A* value, int64_t stride, int64_t, const A* grad, A* grad_value,
                       Vec<A>* partial, Vec<A>* dots) {
     const int64_t padded = s.vectors * width;
     Vec<A> g[vectors];
@@ -76,7 +76,7 @@ template <class T, class A, int D> struct Fixed {
 };
 
 // Any number of channels.
-template <class T, class A> struct Fixed<T, A, 0> {
+template <class T, class A> struct Channels<T, A, 0> {
   static void gather(const Samples<A>& s, const T* value, int64_t stride, int64_t channels, A* out) {
     std::fill(out, out + channels, A(0));
     for (int64_t n = 0; n < s.count; ++n) {
@@ -90,7 +90,7 @@ template <class T, class A> struct Fixed<T, A, 0> {
     }
   }
 
-  static void scatter(const Samples<A>& s, const T* value, int64_t stride, int64_t channels, const A* grad,
+  static void scatter(const Samples<A>& s, const A* value, int64_t stride, int64_t channels, const A* grad,
                       A* grad_value, Vec<A>*, Vec<A>* dots) {
     for (int64_t n = 0; n < s.count; ++n) {
       const int64_t i = n / WIDTH<A>, j = n % WIDTH<A>;
@@ -100,7 +100,7 @@ template <class T, class A> struct Fixed<T, A, 0> {
           const int64_t at = s.pixel[t][i][j] * stride;
           const A weight = s.tap[t][i][j];
           for (int64_t c = 0; c < channels; ++c) {
-            dot += scalar(value[at + c]) * grad[c];
+            dot += value[at + c] * grad[c];
             grad_value[at + c] += grad[c] * weight;
           }
         }
@@ -123,7 +123,7 @@ template <class T, class A, int D> void forward(const Problem& p) {
       for (int64_t head = 0; head < p.heads; ++head) {
         const int64_t query = image * p.queries + q, row = query * p.heads + head;
         samples.prepare(query, row);
-        Fixed<T, A, D>::gather(samples, value + head * p.head_stride, p.pixel_stride, p.channels,
+        Channels<T, A, D>::gather(samples, value + head * p.head_stride, p.pixel_stride, p.channels,
                                static_cast<A*>(p.output) + row * p.channels);
       }
     }
@@ -198,7 +198,7 @@ template <class A> void finish_fused(const Problem& p, Samples<A>& samples, int6
     std::copy(grad_reference, grad_reference + size, static_cast<A*>(p.grad_reference) + query * size);
 }
 
-template <class T, class A, int D> void backward(const Problem& p) {
+template <class A, int D> void backward(const Problem& p) {
   // One image, head and level of grad_value belongs to one task, which adds in the order of queries: no races, and the
   // same result to the bit for any number of threads. Whole heads cost less where there are enough of them.
   const int64_t maps = p.images * p.heads;
@@ -213,7 +213,7 @@ template <class T, class A, int D> void backward(const Problem& p) {
     for (int64_t q = 0; q < p.queries; ++q) {
       const int64_t query = image * p.queries + q, row = query * p.heads + head;
       samples.prepare(query, row);
-      Fixed<T, A, D>::scatter(samples, static_cast<const T*>(p.value) + base, p.pixel_stride, p.channels,
+      Channels<A, A, D>::scatter(samples, static_cast<const A*>(p.value) + base, p.pixel_stride, p.channels,
                               static_cast<const A*>(p.grad_output) + row * p.channels,
                               static_cast<A*>(p.grad_value) + base, partial.data(), dots.data());
       sample_gradients(p, samples, dots.data(), row);
@@ -231,27 +231,38 @@ template <class T, class A, int D> void backward(const Problem& p) {
   });
 }
 
-template <class T, class A> void run(const Problem& p, bool is_backward) {
+template <class T> void forward(const Problem& p) {
   switch (p.channels) {
-    case 16: return is_backward ? backward<T, A, 16>(p) : forward<T, A, 16>(p);
-    case 32: return is_backward ? backward<T, A, 32>(p) : forward<T, A, 32>(p);
-    case 64: return is_backward ? backward<T, A, 64>(p) : forward<T, A, 64>(p);
-    default: return is_backward ? backward<T, A, 0>(p) : forward<T, A, 0>(p);
+    case 16: return forward<T, float, 16>(p);
+    case 32: return forward<T, float, 32>(p);
+    case 64: return forward<T, float, 64>(p);
+    default: return forward<T, float, 0>(p);
   }
 }
 
-void run(const Problem& p, bool is_backward) {
+void forward(const Problem& p) {
   switch (p.value_type) {
-    case 0: return run<float, float>(p, is_backward);
-    case 1: return run<bf16, float>(p, is_backward);
-    case 2: return run<fp16, float>(p, is_backward);
-    default: return run<double, double>(p, is_backward);
+    case 0: return forward<float>(p);
+    case 1: return forward<bf16>(p);
+    case 2: return forward<fp16>(p);
+    default: return forward<double, double, 0>(p);
+  }
+}
+
+// The value has the accumulation type here.
+void backward(const Problem& p) {
+  if (p.value_type == 3) return backward<double, 0>(p);
+  switch (p.channels) {
+    case 16: return backward<float, 16>(p);
+    case 32: return backward<float, 32>(p);
+    case 64: return backward<float, 64>(p);
+    default: return backward<float, 0>(p);
   }
 }
 
 }  // namespace
 
 extern "C" {
-void ms_deform_attn_forward(const Problem* problem) { run(*problem, false); }
-void ms_deform_attn_backward(const Problem* problem) { run(*problem, true); }
+void ms_deform_attn_forward(const Problem* problem) { forward(*problem); }
+void ms_deform_attn_backward(const Problem* problem) { backward(*problem); }
 }
