@@ -17,7 +17,7 @@ from engine import checkpoint, distributed, session
 from engine import logging as run_logging
 from engine.environment import describe_environment
 from engine.evaluator import Evaluator
-from engine.run_directory import PREDICTIONS, record_start
+from engine.run_directory import DETECTIONS, PREDICTIONS, record_start
 from engine.step import OptimizerStep, configure_device
 from engine.trainer import Trainer, summarise_metrics
 from engine.transfer import initialise_from
@@ -70,7 +70,7 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
             accumulation_steps=cfg.trainer.accumulation_steps,
         )
         categories = [list(category) for category in train_set.categories]
-        validation = build_validation(cfg, val_set, device, output_dir / PREDICTIONS)
+        validation = build_validation(cfg, val_set, device, output_dir)
         torch.manual_seed(cfg.seed)
         model = cfg.model.build(len(categories), load_backbone=loaded is None and args.init_from is None)
         if loaded is None and args.init_from is not None:
@@ -126,7 +126,7 @@ def evaluate(cfg: Config, loaded: checkpoint.Loaded, device: torch.device) -> No
 
 
 def build_validation(
-    cfg: Config, dataset: CocoDataset, device: torch.device, picture: Path | None = None
+    cfg: Config, dataset: CocoDataset, device: torch.device, directory: Path | None = None
 ) -> Validation:
     loader = cfg.data.build_val_loader(dataset, rank=distributed.rank(), world_size=distributed.world_size())
     return Validation(
@@ -136,7 +136,8 @@ def build_validation(
         precision=cfg.trainer.precision,
         mean=cfg.data.mean,
         std=cfg.data.std,
-        picture=picture,
+        picture=None if directory is None else directory / PREDICTIONS,
+        detections=None if directory is None else directory / DETECTIONS,
     )
 
 

@@ -99,6 +99,28 @@ class Evaluator:
             for row in self._rows(self._gathered())
         ]
 
+    def save(self, path: Path) -> None:
+        """Writes the detections of all processes; every process must call this, the first one writes.
+
+        Args:
+            path: NumPy archive of ``image_ids`` [n], ``category_ids`` [n], ``scores`` [n] and ``boxes_xywh`` [n, 4] in
+                pixels of the original images; replaced as a whole or not at all.
+        """
+        found = self._gathered()
+        with distributed.agreed_errors():
+            if distributed.is_main():
+                rows = self._rows(found)
+                temporary = path.with_name(f".{path.name}.writing")
+                with temporary.open("wb") as file:
+                    np.savez_compressed(
+                        file,
+                        image_ids=rows[:, 0].astype(np.int64),
+                        boxes_xywh=rows[:, 1:5].astype(np.float32),
+                        scores=rows[:, 5].astype(np.float32),
+                        category_ids=rows[:, 6].astype(np.int64),
+                    )
+                temporary.replace(path)
+
     def _gathered(self) -> dict[int, NDArray[np.float32]]:
         """By image id, so that an image that several processes have seen counts once."""
         merged: dict[int, NDArray[np.float32]] = {}

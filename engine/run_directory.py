@@ -12,6 +12,7 @@ from engine import checkpoint
 
 CONFIG, METRICS, LOG, ENVIRONMENT, LOCK = "config.yaml", "metrics.jsonl", "log.txt", "environment.jsonl", ".lock"
 CURVES, PREDICTIONS = "curves.png", "predictions.png"
+DETECTIONS = "detections.npz"
 
 
 class RunDirectory:

@@ -37,6 +37,7 @@ class Validation:
         mean: Sequence[float],
         std: Sequence[float],
         picture: Path | None = None,
+        detections: Path | None = None,
     ) -> None:
         """
         Args:
@@ -47,11 +48,13 @@ class Validation:
             mean: per channel, as the images are normalised with.
             std: likewise.
             picture: PNG file for some predictions beside their targets; None draws none.
+            detections: file for all detections, see ``Evaluator.save``; None writes none.
         """
         self.loader, self.evaluator = loader, evaluator
         self.device, self.amp_dtype = device, DTYPES.get(precision)
         self.mean, self.std = mean, std
         self.picture = picture if distributed.is_main() else None
+        self.detections = detections
 
     def __call__(self, model: nn.Module, give_up: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Metrics of the model, the same on every process; ``give_up`` is asked after each batch."""
@@ -69,6 +72,8 @@ class Validation:
         metrics = evaluate(
             model, self.loader, self.evaluator, self.device, self.amp_dtype, on_batch=on_batch, give_up=give_up
         )
+        if self.detections is not None:
+            self.evaluator.save(self.detections)
         if self.picture is not None and pictured:
             names = [name for _, name in self.evaluator.categories]
             draw_predictions(self.picture, pictured[:PICTURED], names)
