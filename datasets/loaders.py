@@ -89,10 +89,10 @@ class WorkerPool:
                     failures = 0
                     yield loaded
                 return
-            except RuntimeError as error:
-                cause = str(error).splitlines()[0]
-                if not cause.startswith("DataLoader worker (pid"):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self.num_workers or not _is_death_of_worker(error):
                     raise
+                cause = str(error).splitlines()[0] if str(error) else "a data-loading worker closed its connection"
             # Outside the except block, where nothing holds on to the broken loader any more.
             self._loader = None
             failures += 1
@@ -131,6 +131,18 @@ class WorkerPool:
             # Without its own generator a loader draws from the global one of the main process.
             generator=torch.Generator().manual_seed(0),
         )
+
+
+def _is_death_of_worker(error: Exception) -> bool:
+    """Whether the main process failed to get a batch because the process that had it is gone.
+
+    torch says so, unless it comes across a half-dead process: then fetching a tensor from its shared memory fails.
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return text.startswith("DataLoader worker (pid") or "ancillary data" in text
+    raised_by_worker = "in DataLoader worker process" in text
+    return isinstance(error, EOFError | ConnectionError | FileNotFoundError) and not raised_by_worker
 
 
 def _start_worker(worker: int) -> None:

@@ -1,0 +1,278 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+
+from datasets import Category, CocoConfig, DataConfig
+from datasets.coco import MAX_REPLACEMENTS, SampleKey
+from datasets.images import UnreadableImageError
+from datasets.transforms import RandomFlip, Resize
+
+
+def build(folder, split="train", **arguments):
+    return CocoConfig(**folder.paths(), **arguments).build(split=split)
+
+
+def get(dataset, index, seed=0):
+    loaded = dataset[SampleKey(index, seed)]
+    assert loaded.sample is not None
+    return loaded.sample
+
+
+def test_equals_torchvisions_data_set_on_clean_annotations(make_folder):
+    folder = make_folder(boxes_per_image=4)
+    ours = build(folder)
+    theirs = CocoDetection(str(folder.images), str(folder.annotations))
+    assert ours.ids == theirs.ids
+    wrapped = wrap_dataset_for_transforms_v2(theirs, target_keys=("image_id", "boxes", "labels"))
+    for index in range(len(ours)):
+        image, boxes, labels, size = ours.load(index)
+        picture, target = wrapped[index]
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(picture))
+        assert size == (picture.height, picture.width)
+        torch.testing.assert_close(boxes, target["boxes"].as_subclass(torch.Tensor), rtol=1e-5, atol=1e-4)
+        assert [ours.categories[label].id for label in labels.tolist()] == target["labels"].tolist()
+        assert get(ours, index).image_id == target["image_id"]
+
+
+def test_categories_map_to_labels_and_back(make_folder):
+    folder = make_folder(boxes_per_image=0)
+    for category_id in (20, 4, 9):
+        folder.add(10, [1, 1, 10, 10 + category_id], category_id)
+    folder.content["categories"].reverse()
+    folder.write()
+    dataset = build(folder)
+    assert dataset.categories == (Category(4, "cat"), Category(9, "dog"), Category(20, "emu"))
+    assert get(dataset, 0).labels.tolist() == [2, 0, 1]
+
+
+def test_samples_are_relative_to_the_augmented_image(make_folder):
+    folder = make_folder(sizes=[(40, 80)], boxes_per_image=0)
+    folder.add(10, [20, 10, 40, 20])
+    folder.write()
+    dataset = build(folder, transforms=(RandomFlip(probability=1.0), Resize(short_side=20, max_long_side=None)))
+    sample = get(dataset, 0, seed=99)
+    assert sample.image.shape == (3, 20, 40)
+    assert sample.boxes.tolist() == [[0.5, 0.5, 0.5, 0.5]]
+    assert (sample.original_size, sample.seed) == ((40, 80), 99)
+    assert type(sample.image) is torch.Tensor
+    assert type(sample.boxes) is torch.Tensor
+
+
+def test_a_sample_depends_on_its_key_only(make_folder):
+    dataset = build(make_folder(), transforms=(RandomFlip(),))
+    for key in (SampleKey(1, 5), SampleKey(1, 6), SampleKey(2, 5)):
+        first, second = dataset[key].sample, dataset[key].sample
+        assert torch.equal(first.image, second.image)
+        assert torch.equal(first.boxes, second.boxes)
+
+
+def test_a_resized_copy_keeps_its_boxes(make_folder):
+    folder = make_folder(sizes=[(41, 60)], boxes_per_image=0)
+    folder.content["images"][0].update(height=82, width=121)
+    folder.add(10, [60.5, 41, 60.5, 41])
+    folder.write()
+    sample = get(build(folder), 0)
+    assert sample.original_size == (82, 121)
+    torch.testing.assert_close(sample.boxes, torch.tensor([[0.75, 0.75, 0.5, 0.5]]), rtol=1e-5, atol=1e-5)
+
+
+def test_another_picture_than_the_annotated_one_is_unreadable(make_folder):
+    folder = make_folder()
+    folder.content["images"][0].update(height=60, width=40)
+    folder.write()
+    with pytest.raises(UnreadableImageError, match="has 60 x 40 pixels, its annotation says 40 x 60"):
+        build(folder).load(0)
+
+
+def test_upright_annotations_of_a_turned_picture(make_folder):
+    folder = make_folder(sizes=[(40, 60)], boxes_per_image=0)
+    path = folder.images / "000.png"
+    pixels = np.asarray(Image.open(path))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(path, exif=exif)
+    folder.content["images"][0].update(height=60, width=40)
+    folder.add(10, [0, 0, 20, 30])
+    folder.write()
+    sample = get(build(folder), 0)
+    assert np.array_equal(sample.image.permute(1, 2, 0).numpy(), np.rot90(pixels, -1))
+    assert sample.original_size == (60, 40)
+
+
+def test_missing_sizes_come_from_the_file(make_folder):
+    folder = make_folder(sizes=[(40, 60)], boxes_per_image=0)
+    del folder.content["images"][0]["width"]
+    folder.add(10, [50, 30, 100, 100])
+    folder.write()
+    dataset = build(folder)
+    assert dataset.stated_size(0) == (40, 60)
+    sample = get(dataset, 0)
+    assert sample.original_size == (40, 60)
+    torch.testing.assert_close(sample.boxes, torch.tensor([[55 / 60, 35 / 40, 10 / 60, 10 / 40]]))
+    (folder.images / "000.png").write_text("broken")
+    assert dataset.stated_size(0) == (0, 0)
+
+
+def test_unreadable_training_images_are_replaced_by_the_next(make_folder):
+    folder = make_folder(sizes=[(30, 30)] * 5)
+    dataset = build(folder)
+    for name in ("001.png", "002.png"):
+        (folder.images / name).write_text("broken")
+    loaded = dataset[SampleKey(1, 7)]
+    assert loaded.sample.image_id == 19
+    assert [image_id for image_id, _ in loaded.skipped] == [13, 16]
+    assert all(name in reason for name, (_, reason) in zip(("001", "002"), loaded.skipped, strict=True))
+    (folder.images / "004.png").unlink()
+    assert dataset[SampleKey(4, 7)].sample.image_id == 10, "after the last image comes the first"
+
+
+def test_replacing_ends(make_folder):
+    folder = make_folder(sizes=[(20, 20)] * (MAX_REPLACEMENTS + 4), boxes_per_image=1)
+    dataset = build(folder)
+    for path in folder.images.iterdir():
+        path.write_text("broken")
+    loaded = dataset[SampleKey(0, 0)]
+    assert loaded.sample is None
+    assert len(loaded.skipped) == MAX_REPLACEMENTS
+
+
+def test_unreadable_evaluation_images_are_left_out(make_folder):
+    folder = make_folder()
+    dataset = build(folder, split="val")
+    (folder.images / "001.png").write_text("broken")
+    loaded = dataset[SampleKey(1, 0)]
+    assert loaded.sample is None
+    assert len(loaded.skipped) == 1
+
+
+def test_absent_images(make_folder):
+    folder = make_folder()
+    (folder.images / "001.png").unlink()
+    train, val = build(folder), build(folder, split="val")
+    assert train.ids == [10, 16]
+    assert [get(train, index).image_id for index in range(2)] == [10, 16]
+    assert len(val) == 3
+    assert "1 x image listed but absent, skipped (001.png)" in train.report.lines()
+    assert "1 x image listed but absent, its objects count as missed (001.png)" in val.report.lines()
+
+
+def test_files_in_subdirectories_are_found(make_folder):
+    folder = make_folder()
+    (folder.images / "sub").mkdir()
+    (folder.images / "001.png").rename(folder.images / "sub" / "001.png")
+    folder.content["images"][1]["file_name"] = "sub/001.png"
+    folder.content["images"][2]["file_name"] = "gone/002.png"
+    folder.write()
+    dataset = build(folder)
+    assert dataset.ids == [10, 13]
+    get(dataset, 1)
+
+
+def test_a_thousand_boxes(make_folder):
+    folder = make_folder(sizes=[(30, 30)], boxes_per_image=1000)
+    sample = get(build(folder), 0)
+    assert sample.boxes.shape == (1000, 4)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_data_set_says_what_is_expected_where(tmp_path, make_folder, split):
+    folder = make_folder()
+    cases = [
+        {"images": str(folder.images), "annotations": str(tmp_path / "gone.json")},
+        {"images": str(tmp_path / "gone"), "annotations": str(folder.annotations)},
+    ]
+    for paths in cases:
+        with pytest.raises(FileNotFoundError) as error:
+            CocoConfig(**paths).build(split=split)
+        message = str(error.value)
+        assert "gone" in message
+        assert f"data.{split}.annotations must name" in message
+        assert f"data.{split}.images" in message
+        assert "make quickstart" in message
+        assert "\n" not in message
+
+
+def test_the_wrong_image_directory_is_refused(make_folder, tmp_path):
+    folder = make_folder()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"none of the 3 images .* set data.train.images"):
+        CocoConfig(images=str(tmp_path / "empty"), annotations=str(folder.annotations)).build(split="train")
+
+
+@pytest.mark.parametrize("annotations", [None, [], "crowds only"])
+def test_training_without_any_box_is_refused(make_folder, annotations):
+    folder = make_folder(boxes_per_image=0)
+    if annotations is None:
+        del folder.content["annotations"]
+    elif annotations:
+        folder.add(10, [1, 1, 5, 5], iscrowd=1)
+    folder.write()
+    with pytest.raises(ValueError, match="no usable box to train on") as error:
+        build(folder)
+    assert "\n" not in str(error.value)
+    assert len(build(folder, split="val")) == 3
+
+
+def test_validation_is_mapped_to_the_classes_of_training(make_folder):
+    train, val = make_folder(), make_folder(seed=1)
+    val.content["categories"] = val.content["categories"][1:][::-1]
+    val.content["annotations"] = [a for a in val.content["annotations"] if a["category_id"] != 4]
+    val.write()
+    config = DataConfig(train=CocoConfig(**train.paths()), val=CocoConfig(**val.paths()), batch_size=2)
+    train_set, val_set = config.build_datasets()
+    assert val_set.categories == train_set.categories
+    assert val_set.annotations.labels.min() >= 1
+
+
+def test_splits_that_contradict_each_other_are_refused(make_folder):
+    train, val = make_folder(), make_folder(seed=1)
+    config = DataConfig(train=CocoConfig(**train.paths()), val=CocoConfig(**val.paths()), batch_size=2)
+    val.content["categories"][1]["name"] = "wolf"
+    val.write()
+    with pytest.raises(ValueError, match="category 9 is 'wolf', but 'dog' in the training data"):
+        config.build_datasets()
+    val.content["categories"][1] = {"id": 9, "name": "dog"}
+    val.content["categories"].append({"id": 30, "name": "fox"})
+    val.content["annotations"].append({"category_id": [30]})
+    val.write()
+    config.build_datasets()  # a class without objects does no harm
+    val.add(10, [1, 1, 5, 5], 30)
+    val.write()
+    with pytest.raises(ValueError, match=r"does not know: 30 \(fox\)"):
+        config.build_datasets()
+
+
+def test_a_dirty_file_is_cleaned_and_reported(make_folder, caplog):
+    folder = make_folder()
+    folder.add(10, [5, 5, 0, 10])
+    folder.add(10, [5, 5, float("nan"), 10])
+    folder.add(10, [500, 5, 10, 10])
+    folder.add(10, [-20, -20, 30, 30])
+    folder.add(10, [5, 5, 10, 10], iscrowd=1)
+    folder.add(10, [5, 5, 10, 10], category_id=77)
+    folder.write()
+    with caplog.at_level(logging.WARNING):
+        dataset = build(folder)
+    assert len(get(dataset, 0).boxes) == 3
+    assert len(dataset.report.lines()) == 6
+    assert json.loads(folder.annotations.read_text())["annotations"], "the file itself is left alone"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "at least 1"),
+        ({"num_workers": -1}, "num_workers must not be negative"),
+        ({"std": (1.0, 0.0, 1.0)}, "std must be positive"),
+        ({"val": CocoConfig(images="", annotations="", transforms=(RandomFlip(),))}, "random_flip cannot be used"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    paths = {"images": "images", "annotations": "annotations"}
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**{"train": CocoConfig(**paths), "val": CocoConfig(**paths), **settings})
