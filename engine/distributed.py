@@ -81,7 +81,12 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    store, own_rank, size = next(dist.rendezvous("env://"))
+    # torchrun keeps one store for all its attempts: without a prefix, restarted processes would look for each other
+    # where those before them had listened.
+    store = dist.PrefixStore(f"attempt_{restart_count()}", store)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=timeout)
     try:
         yield
     finally:

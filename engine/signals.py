@@ -43,6 +43,10 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.signal_number:
+            # The process is about to end, and should do so with its own exit code: torchrun sends SIGTERM to all
+            # others as soon as the first has ended.
+            return
         for number, handler in self._former.items():
             signal.signal(number, handler)
 

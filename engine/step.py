@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
@@ -130,12 +129,9 @@ class OptimizerStep:
             model.compile()
         self.model: nn.Module = model
         if distributed.is_connected():
-            # Running statistics must be the same everywhere, or a checkpoint of rank 0 would not describe the others.
-            statistics = any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
             self.model = DistributedDataParallel(
                 model,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=statistics,
                 gradient_as_bucket_view=True,
             )
 

@@ -1,20 +1,26 @@
 """A complete training run in miniature for the engine's tests, in this process or as a program of its own.
 
 The model has convolutions, dropout and batch norm, and predicts one box per target slot; a step takes milliseconds.
-``python tiny_training.py '{"directory": "…", …}'`` runs it with the engine's own start, signals and exit codes.
+``python tiny_training.py '{"directory": "…", …}' …`` runs one after the other, with the engine's own start, signals and
+exit codes; :func:`run_processes` does so on one or several processes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
+import resource
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -24,6 +30,7 @@ from torch import Tensor, nn
 from engine import distributed, session
 from engine import logging as run_logging
 from engine.optimizer import CosineSchedule, OptimizerConfig, Schedule, StepSchedule
+from engine.signals import Interrupted
 from engine.step import OptimizerStep, configure_device
 from engine.trainer import Trainer, TrainerConfig
 from structures import Batch, DetectorOutputs, LossOutput, Prediction, Targets
@@ -134,6 +141,8 @@ class Options:
     nan_rank: int = 0
     file_limit: int | None = None
     eval_seconds: float = 0.0
+    gradients: str | None = None
+    """Instead of training: write the gradients of the first step to this file."""
 
 
 def evaluate(model: nn.Module, should_stop: Callable[[], bool], seconds: float = 0.0) -> dict[str, Any]:
@@ -209,24 +218,87 @@ def _inject(options: Options, step: int, batch: Batch) -> Batch:
 def train(options: Options) -> Trainer:
     """Start or go on as main does."""
     if options.file_limit is not None:
-        import resource
-
         resource.setrlimit(resource.RLIMIT_FSIZE, (options.file_limit, resource.RLIM_INFINITY))
     directory = Path(options.directory)
-    with distributed.process_group(torch.device("cpu"), 120):
-        opened = session.open_run(directory, options.resume)
-        run_logging.configure(directory if opened.directory is not None else None)
+    opened = session.open_run(directory, options.resume)
+    try:
+        run_logging.configure(directory)
         trainer = build(options)
-        if opened.loaded is not None:
-            trainer.load_state_dict(opened.loaded)
-        try:
+        with distributed.agreed_errors():
+            if opened.loaded is not None:
+                trainer.load_state_dict(opened.loaded)
+        if options.gradients is not None:
+            write_gradients(trainer, Path(options.gradients))
+        else:
             trainer.fit()
-        finally:
-            if opened.directory is not None:
-                opened.directory.close()
+    finally:
+        if opened.directory is not None:
+            opened.directory.close()
     return trainer
+
+
+def write_gradients(trainer: Trainer, path: Path) -> None:
+    """Gradients of the first step, by name, and their norm."""
+    batches = next(trainer.loader.iterate(0, 0))
+    (targets,) = distributed.host_sum([sum(sum(batch.targets.counts) for batch in batches)])
+    step = trainer.optimizer_step
+    norm, _ = step.backward(batches, targets)
+    found = {name: parameter.grad for name, parameter in step.module.named_parameters()}
+    if distributed.is_main():
+        torch.save({"norm": norm, **found}, path)
+
+
+def run_all(runs: list[Options]) -> None:
+    """One run after the other in one group of processes; an interrupted run is followed by the next."""
+    with distributed.process_group(torch.device("cpu"), 60):
+        for options in runs[:-1]:
+            with contextlib.suppress(Interrupted):
+                train(options)
+        train(runs[-1])
+
+
+def start_processes(runs: list[Options], processes: int = 1, **environment: str) -> list[subprocess.Popen[str]]:
+    """Start this program on some processes, without torchrun, which takes seconds to start."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = [json.dumps(dataclasses.asdict(options)) for options in runs]
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            env={**common, "WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def wait_for(processes: list[subprocess.Popen[str]], timeout: float = 90) -> list[Ended]:
+    """Wait for the end of all; kills them and fails where one does not end in time."""
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [Ended(p.returncode, out, err) for p, (out, err) in zip(processes, outputs, strict=True)]
+
+
+def run_processes(runs: list[Options], processes: int = 1, **environment: str) -> list[Ended]:
+    """Start, and wait for the end."""
+    return wait_for(start_processes(runs, processes, **environment))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(session.exit_code(lambda: train(Options(**json.loads(sys.argv[1]))) and None))
+    sys.exit(session.exit_code(lambda: run_all([Options(**json.loads(text)) for text in sys.argv[1:]])))

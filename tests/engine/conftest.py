@@ -1,0 +1,27 @@
+"""Keeps what a test of the engine changes globally from reaching the next one."""
+
+import logging
+import random
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _restore_process_state() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
+    root = logging.getLogger()
+    log_handlers, level = root.handlers[:], root.level
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    random_states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    root.handlers[:], root.level = log_handlers, level
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_rng_state(random_states[0])
+    np.random.set_state(random_states[1])
+    random.setstate(random_states[2])

@@ -1,0 +1,188 @@
+"""A run gives the same bits however often it is interrupted, and the same gradients however its batch is split."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import Options, Trainer, build, run_processes, train
+from torch import Tensor
+
+from engine import checkpoint
+from engine.signals import Interrupted
+
+VARIABLE = {"environment", "seconds"}
+"""What may differ between two runs: when and on what they ran."""
+
+
+def assert_identical(a: Any, b: Any, where: str = "checkpoint") -> None:
+    """Equal in every bit, through all nesting."""
+    assert type(a) is type(b), where
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - VARIABLE:
+            assert_identical(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_identical(x, y, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+def last(directory: str | Path) -> dict[str, Any]:
+    return checkpoint.load(Path(directory) / checkpoint.LAST).state
+
+
+def interrupted(options: Options, *steps: int) -> Trainer:
+    """Run with a SIGTERM in each of the steps, and go on each time in a new trainer."""
+    for index, step in enumerate(steps):
+        with pytest.raises(Interrupted):
+            train(replace(options, signal_at=step, resume="auto" if index else None))
+        assert last(options.directory)["position"]["step"] == step
+    return train(replace(options, resume="auto"))
+
+
+VARIANTS = {
+    "plain": {},
+    "accumulation": {"accumulation_steps": 2},
+    "no averaging, step schedule": {"ema_decay": None, "cosine": False},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "running statistics": {"batch_norm": True},
+    "evaluations": {"eval_every_steps": 3},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_interrupted_run_equals_uninterrupted_one(tmp_path: Path, variant: str) -> None:
+    options = Options(directory=str(tmp_path / "whole"), **VARIANTS[variant])  # type: ignore[arg-type]
+    train(options)
+    parts = replace(options, directory=str(tmp_path / "parts"))
+    # Mid-epoch, at the end of an epoch, and at the last step (of 12, in epochs of 5).
+    interrupted(parts, 3, 10, 11)
+    assert_identical(last(options.directory), last(parts.directory))
+    assert_identical(
+        checkpoint.load(tmp_path / "whole" / checkpoint.BEST).state,
+        checkpoint.load(tmp_path / "parts" / checkpoint.BEST).state,
+    )
+    # Neither lost nor repeated records.
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
+    whole = [json.loads(line)["step"] for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert steps == whole
+
+
+def test_random_numbers_matter_to_the_comparison(tmp_path: Path) -> None:
+    """Otherwise the tests above would hold without any care for random state."""
+    for seed in (7, 8):
+        torch.manual_seed(0)
+        trainer = build(Options(directory=str(tmp_path / str(seed))))
+        trainer.seed = seed
+        trainer.optimizer_step.module.load_state_dict(build(Options(directory=str(tmp_path))).optimizer_step.module.state_dict())
+        trainer.directory.mkdir()
+        trainer.fit()
+    a, b = last(tmp_path / "7")["weights"], last(tmp_path / "8")["weights"]
+    assert not torch.equal(a["box_head.weight"], b["box_head.weight"])
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    options = Options(directory=str(tmp_path / "run"))
+    train(options)
+    before, records = last(options.directory), (tmp_path / "run/metrics.jsonl").read_text()
+    trainer = train(replace(options, resume="auto"))
+    assert_identical(before, last(options.directory))
+    assert (tmp_path / "run/metrics.jsonl").read_text() == records
+    assert trainer.metrics["AP"] == before["metrics"]["AP"]
+
+
+def test_killed_between_checkpoint_and_evaluation(tmp_path: Path) -> None:
+    """The evaluation that was due is made up for, and its checkpoint is that of the uninterrupted run."""
+    options = Options(directory=str(tmp_path / "whole"), eval_every_steps=4)
+    train(options)
+    parts = replace(options, directory=str(tmp_path / "parts"))
+
+    class KilledError(Exception):
+        pass
+
+    def die(model: torch.nn.Module, give_up: Any) -> dict[str, Any]:
+        raise KilledError
+
+    Path(parts.directory).mkdir()
+    trainer = build(parts)
+    trainer.evaluate = die
+    with pytest.raises(KilledError):
+        trainer.fit()
+    assert last(parts.directory)["position"] == {"step": 4, "steps_per_epoch": 5, "evaluated_step": 0}
+    train(replace(parts, resume="auto"))
+    assert_identical(last(options.directory), last(parts.directory))
+
+
+def test_two_processes_are_exact_too(tmp_path: Path) -> None:
+    runs = []
+    for name, changes in {"plain": {}, "accumulation": {"accumulation_steps": 2, "batch_norm": True}}.items():
+        whole = Options(directory=str(tmp_path / f"{name}-whole"), **changes)  # type: ignore[arg-type]
+        parts = replace(whole, directory=str(tmp_path / f"{name}-parts"), resume="auto")
+        # The signal reaches either process; both stop after the same step.
+        runs += [whole, replace(parts, signal_at=3, signal_rank=1), replace(parts, signal_at=8), parts]
+    ended = run_processes(runs, processes=2)
+    assert [e.code for e in ended] == [0, 0], ended[0].errors + ended[1].errors
+    for name in ("plain", "accumulation"):
+        assert_identical(last(tmp_path / f"{name}-whole"), last(tmp_path / f"{name}-parts"))
+        assert "stopped" not in (tmp_path / f"{name}-whole/log.txt").read_text()
+
+
+def test_resume_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Same global batch, same order of the data: equal up to rounding, here 1e-5 (without dropout)."""
+    whole = Options(directory=str(tmp_path / "whole"), dropout=0.0)
+    train(whole)
+    for name, first, second in (("up", 1, 2), ("down", 2, 1)):
+        options = replace(whole, directory=str(tmp_path / name), resume="auto")
+        for processes, run in ((first, replace(options, signal_at=6)), (second, options)):
+            ended = run_processes([run], processes)
+            assert all(e.code == (143 if run.signal_at else 0) for e in ended), ended
+        assert last(options.directory)["position"] == last(whole.directory)["position"]
+        for key, value in last(whole.directory)["weights"].items():
+            torch.testing.assert_close(last(options.directory)["weights"][key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_do_not_depend_on_the_split(tmp_path: Path) -> None:
+    """Eight images with 0 to 3 targets each: 1 × 8 = 2 × 4 = 1 × 4 × 2 = 2 × 2 × 2; two where a process has none."""
+    base = Options(directory=str(tmp_path / "run"), dropout=0.0, resume="auto")
+    two = replace(base, batch_size=2)  # seeds 0 and 1: the first process has no target
+    splits = {
+        "1x8": (1, base),
+        "1x4x2": (1, replace(base, accumulation_steps=2)),
+        "2x4": (2, base),
+        "2x2x2": (2, replace(base, accumulation_steps=2)),
+        "1x2": (1, two),
+        "2x1": (2, two),
+    }
+    for processes in (1, 2):
+        runs = [replace(o, gradients=str(tmp_path / name)) for name, (n, o) in splits.items() if n == processes]
+        ended = run_processes(runs, processes)
+        assert all(e.code == 0 for e in ended), ended
+    gradients = {name: torch.load(tmp_path / name, weights_only=True) for name in splits}
+    for reference, others in (("1x8", ("1x4x2", "2x4", "2x2x2")), ("1x2", ("2x1",))):
+        for other in others:
+            for key, value in gradients[reference].items():
+                assert value is not None
+                assert value.abs().sum() > 0
+                torch.testing.assert_close(gradients[other][key], value, rtol=1e-5, atol=1e-5, msg=f"{other} {key}")
+
+
+def test_another_division_into_steps_is_refused(tmp_path: Path) -> None:
+    options = Options(directory=str(tmp_path / "run"), steps=4)
+    train(options)
+    with pytest.raises(ValueError, match="was trained with 5 steps per epoch, this run has 6"):
+        train(replace(options, resume="auto", steps_per_epoch=6))
+
+
+def test_longer_schedule_goes_on(tmp_path: Path) -> None:
+    options = Options(directory=str(tmp_path / "run"), steps=4)
+    train(options)
+    assert train(replace(options, resume="auto", steps=6)).step == 6
