@@ -67,7 +67,6 @@ def failure_of(name: str) -> str | None:
     return _failures[name]
 
 
-@torch.compiler.assume_constant_result
 def resolve(backend: str, device: str, is_double: bool) -> str:
     """The name of the implementation for tensors of a device: ``reference``, ``cpu`` or ``cuda``.
 
@@ -87,6 +86,10 @@ def resolve(backend: str, device: str, is_double: bool) -> str:
     if (failure := failure_of(chosen)) is not None:
         raise ValueError(f"backend {chosen!r} of ms_deform_attn is not available: {failure}")
     return chosen
+
+
+# The mark of torch.compiler.assume_constant_result, which would import the whole compiler (seconds) to set it.
+setattr(resolve, "_dynamo_marked_constant", True)  # noqa: B010 - a function has no such attribute for type checkers
 
 
 def _picked(device: str, is_double: bool) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from deform_cases import Case, make_case
 from torch import Tensor, nn
 
-from ops.ms_deform_attn import available_backends, fused_ms_deform_attn, ms_deform_attn
+from ops.ms_deform_attn import available_backends, backends, cpu, fused_ms_deform_attn, ms_deform_attn
 from ops.ms_deform_attn.library import ms_deform_attn_backward_op, ms_deform_attn_op
 
 FLAT = [6, 5, 3, 4]
@@ -66,15 +70,20 @@ def test_opcheck(fused: bool) -> None:
     torch.library.opcheck(ms_deform_attn_backward_op, (*fixed, "cpu", fused))
 
 
-@needs_cpu
-def test_compiles_without_graph_breaks() -> None:
+@pytest.mark.parametrize("default", ["auto", "reference"])
+def test_compiles_without_graph_breaks(default: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice of the backend, a build included, is a constant to the compiler."""
+    torch.compiler.reset()
+    monkeypatch.setattr(backends, "_default", default)
+    monkeypatch.setattr(backends, "_failures", {})
+    cpu.library.cache_clear()
     module, inputs = attention()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    output = compiled(*inputs)
     expected = module(*inputs)
     expected.square().sum().backward()
     grads = [p.grad for p in module.parameters()]
     module.zero_grad()
-    output = compiled(*inputs)
     torch.testing.assert_close(output, expected)
     output.square().sum().backward()
     for parameter, grad in zip(module.parameters(), grads, strict=True):
@@ -158,3 +167,9 @@ def test_saves_less_than_the_unfused_form_under_autocast() -> None:
     assert sum(saved.values()) - constant == samples * 3 * 2
     unfused = samples * 3 * 4
     assert sum(saved.values()) - constant <= unfused / 2
+
+
+def test_importing_the_op_does_not_import_the_compiler() -> None:
+    """It takes seconds, at every start."""
+    code = "import sys; import torch; import ops.ms_deform_attn; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
