@@ -1,0 +1,163 @@
+"""The parts together: learning by heart, every switch of the criterion, and evaluation whatever the batch size."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import config
+from datasets.shapes import ShapesConfig, generate
+from engine.evaluator import Evaluator
+from structures import Batch, DetectorOutputs, Prediction, Targets
+
+MODEL = {
+    "backbone": {"model": "resnet10t", "pretrained": False, "norm": "group", "frozen_stages": 0},
+    "embed_dim": 64,
+    "num_heads": 4,
+    "num_levels": 3,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "ffn_dim": 128,
+    "num_queries": 30,
+    "denoising": {"queries": 10},
+}
+ALIGN = {"classification": "ia_bce", "matcher": "mixed", "prime_sample_tau": 1.5}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("shapes")
+    generate(directory, ShapesConfig(train_images=2, val_images=5, image_size=96, max_object_size=60, seed=3), 1)
+    return directory
+
+
+def settings(shapes: Path, **parts: Any) -> config.Config:
+    def split(name: str) -> dict[str, str]:
+        return {"images": f"{shapes}/images/{name}", "annotations": f"{shapes}/annotations/instances_{name}.json"}
+
+    values = {
+        "model": MODEL,
+        "criterion": ALIGN,
+        "data": {"train": split("train"), "val": split("train"), "batch_size": 2, "num_workers": 0},
+        "optimizer": {"lr": 1e-3, "lr_scales": {}, "clip_norm": 1.0},
+    }
+    return config.from_dict({**values, **parts})
+
+
+def first_batch(cfg: config.Config) -> Batch:
+    train_set, _ = cfg.data.build_datasets()
+    return next(iter(cfg.data.build_train_loader(train_set, seed=0).iterate(0, 0)))[0]
+
+
+def evaluate(cfg: config.Config, model: torch.nn.Module) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    _, val_set = cfg.data.build_datasets()
+    evaluator = Evaluator(cfg.data.val.annotations, val_set.categories)
+    with torch.no_grad():
+        for batch in cfg.data.build_val_loader(val_set):
+            evaluator.update(batch.image_ids, model.postprocess(model(batch), batch.original_sizes))
+    return evaluator.compute(), evaluator.results()
+
+
+@pytest.mark.slow
+def test_two_images_are_learnt_by_heart(shapes):
+    """At least 95 AP on what was trained: model, criterion, decoding and evaluation agree about what a box is."""
+    cfg = settings(shapes)
+    torch.manual_seed(0)
+    batch = first_batch(cfg)
+    assert min(batch.targets.counts) > 0
+    model = cfg.model.build(6).train()
+    optimizer, steps = cfg.optimizer.build(model), 250
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * min(1, (step + 1) / 20, (steps - step) / 80)
+        loss = cfg.criterion(model(batch), batch.targets).total
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    metrics, _ = evaluate(cfg, model.eval())
+    assert metrics["AP"] >= 95
+
+
+def test_evaluation_does_not_depend_on_its_batch_size(shapes):
+    """Images of different sizes, one of them in a size of its own."""
+    import json
+
+    from PIL import Image
+
+    content = json.loads((shapes / "annotations" / "instances_val.json").read_text())
+    for entry, size in zip(content["images"], [(96, 96), (96, 72), (96, 96), (96, 72), (64, 80)], strict=True):
+        path = shapes / "images" / "val" / entry["file_name"]
+        Image.open(path).resize(size).save(path)
+        entry["width"], entry["height"] = size
+    annotations = shapes / "annotations" / "mixed.json"
+    annotations.write_text(json.dumps(content))
+    torch.manual_seed(0)
+    model = settings(shapes).model.build(6).eval()
+    found = []
+    for size in (1, 3):
+        data = {
+            "train": {"images": f"{shapes}/images/train", "annotations": f"{shapes}/annotations/instances_train.json"},
+            "val": {"images": f"{shapes}/images/val", "annotations": str(annotations)},
+            "eval_batch_size": size,
+            "num_workers": 0,
+        }
+        found.append(evaluate(settings(shapes, data=data), model)[1])
+    assert len(found[0]) == len(found[1]) == 5 * 30 * 6
+    for one, other in zip(*found, strict=True):
+        assert one["image_id"] == other["image_id"]
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+    by_score = [sorted(round(row["bbox"][0], 1) for row in rows) for rows in found]
+    assert by_score[0] == pytest.approx(by_score[1], abs=0.11)
+
+
+def leaves(value: Any, path: str = "criterion") -> list[tuple[str, Any]]:
+    if dataclasses.is_dataclass(value):
+        return [
+            leaf
+            for f in dataclasses.fields(value)
+            if f.name != "name"
+            for leaf in leaves(getattr(value, f.name), f"{path}.{f.name}")
+        ]
+    return [(path, value)]
+
+
+def other_value(path: str, value: Any) -> str:
+    if path.endswith(".overlap"):
+        return "diou"
+    if isinstance(value, bool):
+        return str(not value).lower()
+    if isinstance(value, int):
+        return str(value + 2)
+    assert isinstance(value, float), f"{path}: how should {value!r} be changed?"
+    return str(value * 1.7 + 0.1) if value else "3.0"
+
+
+def random_outputs(targets: Targets, seed: int) -> DetectorOutputs:
+    """Predictions around the targets, good enough that every term of the matching cost has a say."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes = torch.stack([image[torch.arange(30) % len(image)] for _, image in targets.split()])
+    shift = torch.randn(2, 2, 30, 4, generator=generator)
+    logits = torch.randn(2, 2, 30, 6, generator=generator)
+    decoder = Prediction(logits, (boxes * (1 + 0.25 * shift) + 0.04 * shift.abs()).clamp(0.01, 0.99))
+    return DetectorOutputs(decoder, Prediction(logits[0] + 0.5, decoder.boxes[1]), None)
+
+
+def test_an_override_of_every_criterion_key_changes_the_loss(shapes):
+    base = settings(shapes)
+    targets = first_batch(base).targets
+    values = config.to_dict(base)
+    keys = leaves(base.criterion)
+    assert len(keys) >= 12
+
+    def losses(criterion: Any) -> torch.Tensor:
+        return torch.stack([criterion(random_outputs(targets, seed), targets).total for seed in range(8)])
+
+    reference = losses(base.criterion)
+    for path, value in keys:
+        changed = config.from_dict(values, [f"{path}={other_value(path, value)}"])
+        assert not torch.allclose(losses(changed.criterion), reference, rtol=1e-6, atol=0), f"{path} has no effect"
