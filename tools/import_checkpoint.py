@@ -66,6 +66,15 @@ def import_checkpoint(
         conversion = convert(content, weights, categories, ignore)
     except ValueError as error:
         raise ValueError(f"{path}{f' ({key})' if key else ''}: {error}") from error
+    return conversion, configure(conversion, path, overrides)
+
+
+def configure(conversion: Conversion, path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that the weights ask for, checked against them.
+
+    Raises:
+        ValueError: the model it describes has other entries, or other shapes.
+    """
     inferred = {
         "model": conversion.model,
         "criterion": {"classification": "focal", "matcher": "hungarian", "prime_sample_tau": None},
@@ -74,7 +83,7 @@ def import_checkpoint(
     }
     config = configuration.from_dict(inferred, overrides, str(path))
     _check(config, conversion, path)
-    return conversion, config
+    return config
 
 
 def _check(config: Config, conversion: Conversion, path: Path) -> None:
@@ -104,6 +113,8 @@ def save(path: Path, conversion: Conversion, config: Config) -> None:
         "format": checkpoint.FORMAT,
         "weights": weights,
         "ema": None,
+        # Not a training run that could be gone on with: --init-from starts one from these weights.
+        "position": {"step": 0, "steps_per_epoch": 0, "evaluated_step": 0},
         "config": configuration.to_dict(config),
         "categories": [[category.id, category.name] for category in conversion.categories],
     }

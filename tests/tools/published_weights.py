@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "published"
 SIZES = ((160, 133), (117, 200))
 """(height, width) of the two images of every case; padded together to 160 x 200."""
 
@@ -90,12 +90,17 @@ def names_and_shapes(description: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return result
 
 
+def owner(name: str, description: dict[str, Any]) -> str:
+    """The entry whose parameter this one is too; itself where it has its own."""
+    for pattern, replacement in description["aliases"]:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def state_dict(description: dict[str, Any]) -> dict[str, Tensor]:
     """All entries with their values; entries that share a parameter share its value."""
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, shape in names_and_shapes(description).items():
-        owner = name
-        for pattern, replacement in description["aliases"]:
-            owner = re.sub(pattern, replacement, owner)
-        result[name] = result[owner] if owner in result else entry(owner, shape, description["salt"])
+        source = owner(name, description)
+        result[name] = result[source] if source in result else entry(source, shape, description["salt"])
     return result

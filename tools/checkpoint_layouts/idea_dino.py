@@ -62,7 +62,7 @@ def conventions(content: Mapping[str, Any]) -> Conventions:
         denoising={
             "queries": int(args.get("dn_number") or 100),
             "label_noise": float(args.get("dn_label_noise_ratio", 0.5)),
-            "box_noise": float(args.get("dn_box_noise_scale", 1.0)),
+            "box_noise": float(args.get("dn_box_noise_scale", 0.4)),
         },
     )
 

@@ -1,0 +1,133 @@
+"""Published implementations and this one compute the same from the same weights.
+
+The expected numbers come from the public code of each project, run in fp32 on the CPU with its own pure PyTorch
+attention; see docs/fidelity.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import published_weights
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import checkpoint
+from structures import Batch, DetectorOutputs, Targets
+from tools import import_checkpoint
+from tools.checkpoint_layouts import COCO, convert
+
+TOLERANCE = 1e-4
+CASES = ("dino_4scale_r50", "dino_5scale_r50", "dino_4scale_swin", "detrex_r50", "aligndetr_r50", "mmdetection_r50")
+IN_FILES = ("dino_4scale_r50", "detrex_r50", "mmdetection_r50")
+
+
+@functools.lru_cache(maxsize=1)
+def content(case: str) -> dict[str, Any]:
+    """What is in a file as the project of this case writes it."""
+    description = published_weights.describe(case)
+    weights = published_weights.state_dict(description)
+    if case.startswith("dino"):
+        return {"model": weights, "args": argparse.Namespace(**description["settings"]), "epoch": 11}
+    if case.startswith("mmdetection"):
+        return {"state_dict": weights, "meta": {"epoch": 12, "cfg": "", "dataset_meta": None}}
+    return {"model": weights, "iteration": 90000}
+
+
+def build(case: str, overrides: Sequence[str] = ()) -> nn.Module:
+    """The imported model, without files between."""
+    whole = content(case)
+    conversion = convert(whole, whole["state_dict" if case.startswith("mmdetection") else "model"])
+    config = import_checkpoint.configure(conversion, Path(case), overrides)
+    model = config.model.build(len(conversion.categories), load_backbone=False)
+    model.load_state_dict(conversion.tensors)
+    return model.eval()
+
+
+def build_from_file(case: str, directory: Path) -> nn.Module:
+    """Through the command and back from the file it writes, as a user gets it."""
+    published, imported = directory / f"{case}.pth", directory / "checkpoint.pth"
+    torch.save(content(case), published)
+    assert import_checkpoint.main([str(published), "--out", str(imported)]) == 0
+    loaded = checkpoint.load(imported)
+    config = import_checkpoint.configuration.from_dict(loaded.state["config"])
+    model = config.model.build(len(loaded.state["categories"]), load_backbone=False)
+    checkpoint.load_weights(model, loaded.state["weights"], imported)
+    published.unlink()
+    imported.unlink()
+    return model.eval()
+
+
+def batch(images: Tensor, sizes: Tensor) -> Batch:
+    """Without targets; original images three times as large."""
+    none = Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), (0,) * len(images))
+    return Batch(images, sizes, none, torch.arange(len(images)), 3 * sizes, (0,) * len(images))
+
+
+def assert_close(ours: Tensor, theirs: np.ndarray, what: str) -> None:
+    error = float(np.abs(ours.numpy() - theirs).max())
+    assert error < TOLERANCE, f"{what}: {error:.2e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_equal_the_published_implementation(case: str, tmp_path: Path) -> None:
+    expected = np.load(published_weights.FIXTURES / f"{case}.npz")
+    model = build_from_file(case, tmp_path) if case in IN_FILES else build(case)
+    # DINO's rows are category ids: ours are the same numbers, without the rows of ids that do not exist.
+    ids = [category.id for category in COCO] if expected["decoder_logits"].shape[-1] == 91 else list(range(80))
+    inputs = batch(*published_weights.images())
+    with torch.inference_mode():
+        outputs: DetectorOutputs = model(inputs)
+        detections = model.postprocess(outputs, inputs.original_sizes)  # type: ignore[operator]
+    assert outputs.encoder is not None
+    assert_close(outputs.encoder.logits, expected["encoder_logits"][..., ids], "encoder logits")
+    assert_close(outputs.encoder.boxes, expected["encoder_boxes"], "encoder boxes")
+    for layer in range(len(expected["decoder_logits"])):
+        theirs = expected["decoder_logits"][layer][..., ids]
+        assert_close(outputs.decoder.logits[layer], theirs, f"logits of layer {layer}")
+        assert_close(outputs.decoder.boxes[layer], expected["decoder_boxes"][layer], f"boxes of layer {layer}")
+    count = expected["scores"].shape[1]
+    for image, found in enumerate(detections):
+        assert_close(found.scores[:count], expected["scores"][image], "scores of detections")
+        assert [ids[label] for label in found.labels[:count]] == expected["labels"][image].tolist()
+        relative = 1 / inputs.original_sizes[image].flip(0).repeat(2)
+        assert_close(
+            found.boxes_xyxy[:count] * relative, expected["boxes"][image] * relative.numpy(), "boxes of detections"
+        )
+
+
+@pytest.mark.parametrize("case", ["detrex_r50", "aligndetr_r50"])
+def test_detrex_on_one_image_as_it_evaluates(case: str) -> None:
+    # Its evaluation knows no padding; its training does, which the batch of two above stands for.
+    expected = np.load(published_weights.FIXTURES / f"{case}.npz")
+    model = build(case)
+    images, sizes = published_weights.images()
+    height, width = sizes[0].tolist()
+    with torch.inference_mode():
+        outputs: DetectorOutputs = model(batch(images[:1, :, :height, :width], sizes[:1]))
+    assert_close(outputs.decoder.logits[-1], expected["alone_logits"], "logits")
+    assert_close(outputs.decoder.boxes[-1], expected["alone_boxes"], "boxes")
+
+
+@pytest.mark.parametrize(
+    ("case", "override"),
+    [
+        ("mmdetection_r50", "model.prediction_eps=1e-3"),
+        ("mmdetection_r50", "model.suppress_invalid_proposals=true"),
+        ("detrex_r50", "model.position_encoding.offset=0"),
+        ("detrex_r50", "model.position_encoding.temperature=20"),
+        ("detrex_r50", "model.padded_query_positions=false"),
+    ],
+)
+def test_each_key_that_tells_implementations_apart_matters(case: str, override: str) -> None:
+    expected = np.load(published_weights.FIXTURES / f"{case}.npz")
+    model = build(case, [override])
+    with torch.inference_mode():
+        outputs = model(batch(*published_weights.images()))
+    assert np.abs(outputs.decoder.boxes.numpy() - expected["decoder_boxes"]).max() > 10 * TOLERANCE
