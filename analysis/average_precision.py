@@ -65,7 +65,7 @@ def match_dataset(
     images, scores, labels, correct, ignored = [], [], [], [], []
     counts = np.zeros((num_classes, len(objects)), dtype=np.int64)
     for i, (truth, found) in enumerate(zip(objects, detections, strict=True)):
-        best = _best_of_each_class(found)
+        best = best_of_each_class(found)
         match = match_image(truth, best, thresholds)
         images.append(np.full(len(best.scores), i))
         scores.append(best.scores)
@@ -88,7 +88,7 @@ def match_dataset(
     return MatchedDataset(tuple(classes), len(objects))
 
 
-def _best_of_each_class(found: ImageDetections) -> ImageDetections:
+def best_of_each_class(found: ImageDetections) -> ImageDetections:
     """Best first, and no more than COCO's limit, which is for each class of an image."""
     ordered = found.best(len(found.scores))
     kept = np.zeros(len(ordered.scores), dtype=bool)

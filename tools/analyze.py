@@ -1,0 +1,312 @@
+"""What a checkpoint gets wrong, and whether its scores tell how well its boxes fit.
+
+python -m tools.analyze --resume A.pth [B.pth …] --out analysis/NAME writes analysis.json, figures (PNG) and TensorBoard
+events: recall of best-regressed samples, misalignment of score and IoU, what it costs in AP, error types, per-class
+AP, precision-recall curves, sampling points, worst images. Several checkpoints stand side by side in every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import config
+from analysis.best_regressed import by_confidence
+from analysis.detections_file import ImageInfo, annotated_images
+from analysis.figures import draw_all
+from analysis.matching import Floats, ImageDetections, pairwise_iou
+from analysis.pages import LookingQuery, Picture, draw_sampling, draw_worst
+from analysis.report import Observation, Report, as_json, make_report, observe, scalars
+from analysis.sampling import Sampling, last_cross_attention, recorded
+from datasets import Category, CocoDataset
+from datasets.images import UnreadableImageError
+from engine import checkpoint, distributed
+from engine.evaluator import Evaluator
+from engine.step import DTYPES, configure_device
+from ops.boxes import cxcywh_to_xyxy
+from ops.ms_deform_attn import set_default_backend
+from structures import Batch
+
+SAMPLED_QUERIES = 4
+PROGRESS_SECONDS = 20.0
+
+
+class Subject(NamedTuple):
+    """A checkpoint ready to be looked at."""
+
+    label: str
+    cfg: config.Config
+    model: nn.Module
+    dataset: CocoDataset
+    device: torch.device
+
+
+class Analysed(NamedTuple):
+    """A checkpoint's report, and where some of its queries look."""
+
+    report: Report
+    looking: dict[int, list[LookingQuery]]
+    """By image id."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.analyze",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--resume", nargs="+", type=Path, required=True, metavar="CHECKPOINT", help="to analyse")
+    parser.add_argument("--labels", nargs="+", help="names of the checkpoints (default: their run directories)")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="laid over the configurations")
+    parser.add_argument("--threshold", type=float, default=0.3, help="score of a confident detection (%(default)s)")
+    parser.add_argument("--images", nargs="+", type=int, help="ids of images for the sampling points (default: three)")
+    return parser
+
+
+def load_subject(path: Path, label: str, overrides: Sequence[str]) -> Subject:
+    """Model with the weights that are evaluated (the averaged ones, where there are), and its validation set.
+
+    Raises:
+        ValueError: the checkpoint or its data cannot be used.
+    """
+    loaded = checkpoint.load(path)
+    cfg = config.from_dict(loaded.state["config"], overrides, str(path))
+    categories = tuple(Category(*category) for category in loaded.state["categories"])
+    device = distributed.choose_device(cfg.trainer.device)
+    configure_device(device, tf32=cfg.trainer.tf32, deterministic=cfg.trainer.deterministic)
+    set_default_backend(cfg.op_backend)
+    dataset = cfg.data.val.build(split="val", categories=categories)
+    model = cfg.model.build(len(categories), load_backbone=False)
+    averaged = loaded.state["ema"]
+    checkpoint.load_weights(model, loaded.state["weights"] if averaged is None else averaged["weights"], path)
+    return Subject(label, cfg, model.to(device).eval(), dataset, device)
+
+
+def analyse(subject: Subject, threshold: float, sampled: Sequence[int]) -> Analysed:
+    """Run the detector over the validation set and measure everything.
+
+    Args:
+        subject: the checkpoint.
+        threshold: score of a confident detection.
+        sampled: ids of images whose sampling points are wanted.
+    """
+    dataset = subject.dataset
+    evaluator = Evaluator(subject.cfg.data.val.annotations, dataset.categories)
+    images = annotated_images(evaluator.ground_truth, [category.id for category in dataset.categories])
+    info = {image.image_id: image for image in images}
+    observed: dict[int, Observation] = {}
+    looking: dict[int, list[LookingQuery]] = {}
+    names = [category.name for category in dataset.categories]
+    loader = subject.cfg.data.build_val_loader(dataset)
+    reported = time.monotonic()
+    for batch in loader:
+        wanted = [i for i, image_id in enumerate(batch.image_ids.tolist()) if image_id in sampled]
+        outputs, detections, sampling = _forward(subject, batch, bool(wanted))
+        evaluator.update(batch.image_ids, detections)
+        scores = outputs.decoder.logits[-1].float().sigmoid().cpu().numpy().astype(np.float64)
+        boxes = _pixels(outputs.decoder.boxes[-1].float().cpu(), batch.original_sizes)
+        for i, image_id in enumerate(batch.image_ids.tolist()):
+            found = ImageDetections(*(part.cpu().numpy() for part in detections[i]))
+            found = ImageDetections(found.scores.astype(np.float64), found.labels, found.boxes_xyxy.astype(np.float64))
+            observed[image_id] = observe(image_id, info[image_id].objects, found, scores[i], boxes[i])
+        for i in wanted:
+            assert sampling is not None
+            image_id = int(batch.image_ids[i])
+            looking[image_id] = _looking(sampling, i, batch, scores[i], boxes[i], info[image_id], names)
+        if time.monotonic() - reported > PROGRESS_SECONDS:
+            reported = time.monotonic()
+            print(f"{subject.label}: {len(observed)} of {len(dataset)} images", flush=True)
+    observations = [observed.get(image.image_id) or _unread(image, len(names)) for image in images]
+    return Analysed(make_report(subject.label, observations, names, evaluator.compute(), threshold), looking)
+
+
+def _forward(subject: Subject, batch: Batch, with_sampling: bool) -> tuple[Any, list[Any], Sampling | None]:
+    """Outputs, detections, and the sampling of the last decoder layer where it is wanted."""
+    moved = batch.to(subject.device)
+    model: Any = subject.model
+    dtype = DTYPES.get(subject.cfg.trainer.precision)
+    with torch.inference_mode(), torch.autocast(subject.device.type, dtype=dtype, enabled=dtype is not None):
+        if not with_sampling:
+            outputs = model(moved)
+            return outputs, model.postprocess(outputs, moved.original_sizes), None
+        with recorded(last_cross_attention(subject.model)) as found:
+            outputs = model(moved)
+        return outputs, model.postprocess(outputs, moved.original_sizes), found[-1]
+
+
+def _pixels(boxes: Tensor, sizes: Tensor) -> Floats:
+    """cxcywh boxes [B, Q, 4] relative to their images as xyxy in pixels, clipped to the images."""
+    scale = sizes.cpu().flip(-1).repeat(1, 2)[:, None].double()
+    result: Floats = (cxcywh_to_xyxy(boxes.double()).clamp(0, 1) * scale).numpy()
+    return result
+
+
+def _unread(image: ImageInfo, num_classes: int) -> Observation:
+    """An image that could not be read: nothing is detected, and its only query is empty."""
+    nothing = ImageDetections(np.empty(0), np.empty(0, dtype=np.int64), np.empty((0, 4)))
+    return observe(image.image_id, image.objects, nothing, np.zeros((1, num_classes)), np.zeros((1, 4)))
+
+
+def _looking(
+    sampling: Sampling, i: int, batch: Batch, scores: Floats, boxes: Floats, image: ImageInfo, names: Sequence[str]
+) -> list[LookingQuery]:
+    """The most confident queries of image i of a batch, in pixels."""
+    height, width = batch.original_sizes[i].tolist()
+    size = np.array([width, height], dtype=np.float64)
+    result = []
+    for query in by_confidence(scores)[:SAMPLED_QUERIES]:
+        iou = pairwise_iou(boxes[query : query + 1], image.objects.boxes_xyxy).max(initial=0)
+        label = int(scores[query].argmax())
+        reference = cxcywh_to_xyxy(sampling.reference[i, query]).double().numpy() * np.tile(size, 2)
+        result.append(
+            LookingQuery(
+                f"{names[label]} {scores[query, label]:.2f}, IoU {iou:.2f}",
+                boxes[query],
+                reference,
+                sampling.locations[i, query].double().numpy() * size,
+                sampling.weights[i, query].double().numpy(),
+            )
+        )
+    return result
+
+
+def labels_of(paths: Sequence[Path]) -> list[str]:
+    """Short names: the run directories, with the file where that does not tell them apart."""
+    names = [path.resolve().parent.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{name}/{path.stem.removeprefix('checkpoint_')}" for name, path in zip(names, paths, strict=True)]
+    if len(set(names)) < len(names):
+        names = [f"{chr(ord('A') + i)}: {name}" for i, name in enumerate(names)]
+    return names
+
+
+def choose_images(dataset: CocoDataset, wanted: Sequence[int] | None, count: int = 3) -> list[int]:
+    """Ids of the images given, or of the first ones that have objects.
+
+    Raises:
+        ValueError: an image is not in the validation set.
+    """
+    if wanted is None:
+        with_objects = (i for i in range(len(dataset)) if len(dataset.annotations.targets(i)[1]))
+        return [dataset.ids[i] for _, i in zip(range(count), with_objects, strict=False)]
+    if unknown := [image_id for image_id in wanted if image_id not in dataset.ids]:
+        raise ValueError(f"image {unknown[0]} is not in the validation set")
+    return list(wanted)
+
+
+def _same_task(subjects: Sequence[Subject], paths: Sequence[Path]) -> None:
+    """Raise ValueError where checkpoints cannot be compared."""
+    first = subjects[0]
+    for subject, path in zip(subjects[1:], paths[1:], strict=True):
+        current = [list(category) for category in first.dataset.categories]
+        checkpoint.check_categories([list(category) for category in subject.dataset.categories], current, path)
+        if subject.dataset.ids != first.dataset.ids:
+            raise ValueError(f"{path}: its validation images are not those of {paths[0]}: set data.val.* with --set")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Analyse and write everything; raises ValueError or OSError for what a user can mend."""
+    labels = args.labels or labels_of(args.resume)
+    if len(labels) != len(args.resume):
+        raise ValueError(f"{len(labels)} labels for {len(args.resume)} checkpoints")
+    subjects = [load_subject(path, label, args.set) for path, label in zip(args.resume, labels, strict=True)]
+    _same_task(subjects, args.resume)
+    dataset = subjects[0].dataset
+    sampled = choose_images(dataset, args.images)
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = [analyse(subject, args.threshold, sampled) for subject in subjects]
+    reports = [result.report for result in results]
+    content = {
+        "checkpoints": [{"path": str(p), **as_json(r)} for p, r in zip(args.resume, reports, strict=True)],
+        "threshold": args.threshold,
+    }
+    (args.out / "analysis.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    figures = [*draw_all(args.out, reports), *_draw_pages(args.out, subjects, results, args.threshold)]
+    _write_events(args.out, reports, figures)
+    for report in reports:
+        print(f"{report.label}: " + ", ".join(f"{name} {value:.3g}" for name, value in _headline(report).items()))
+    print(f"wrote analysis.json and {len(figures)} figures to {args.out}")
+
+
+def _draw_pages(out: Path, subjects: Sequence[Subject], results: Sequence[Analysed], threshold: float) -> list[Path]:
+    dataset = subjects[0].dataset
+    place = {image_id: i for i, image_id in enumerate(dataset.ids)}
+    truth = Evaluator(subjects[0].cfg.data.val.annotations, dataset.categories).ground_truth
+    images = annotated_images(truth, [category.id for category in dataset.categories])
+
+    def picture(image_id: int) -> Picture:
+        try:
+            pixels, _, _, size = dataset.load(place[image_id])
+        except UnreadableImageError:
+            height, width = (side or 1 for side in dataset.stated_size(place[image_id]))
+            return Picture(np.full((height, width, 3), 128, dtype=np.uint8), (height, width))
+        return Picture(pixels.permute(1, 2, 0).numpy(), size)
+
+    worst = out / "worst_images.png"
+    draw_worst(
+        worst,
+        [result.report for result in results],
+        [image.objects for image in images],
+        lambda index: picture(images[index].image_id),
+        threshold,
+    )
+    rows = [
+        (result.report.label, picture(image_id), result.looking[image_id])
+        for image_id in results[0].looking
+        for result in results
+        if image_id in result.looking
+    ]
+    if not rows:
+        return [worst]
+    draw_sampling(out / "sampling_points.png", rows)
+    return [worst, out / "sampling_points.png"]
+
+
+def _write_events(out: Path, reports: Sequence[Report], figures: Sequence[Path]) -> None:
+    """TensorBoard: numbers by checkpoint, and all figures."""
+    from torch.utils.tensorboard import SummaryWriter
+    from torchvision.io import ImageReadMode, read_image
+
+    for report in reports:
+        with SummaryWriter(str(out / "events" / report.label.replace("/", "_"))) as board:
+            for name, value in scalars(report).items():
+                board.add_scalar(f"analysis/{name}", value)
+    with SummaryWriter(str(out / "events" / "figures")) as board:
+        for path in figures:
+            board.add_image(path.stem, read_image(str(path), ImageReadMode.RGB))
+
+
+def _headline(report: Report) -> dict[str, float]:
+    values = scalars(report)
+    names = {
+        "AP": "AP",
+        "AP with aligned scores": "oracle/aligned",
+        "best-regressed recall in top N": "best_regressed_recall/N/IoU>=0",
+        "Spearman": "most_confident/spearman",
+    }
+    return {title: values[name] for title, name in names.items() if name in values}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    try:
+        run(_parser().parse_args(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {distributed.describe_error(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
