@@ -188,10 +188,13 @@ def _stated_size(entry: dict[str, Any]) -> tuple[int, int]:
 def _clean_box(annotation: dict[str, Any], size: tuple[int, int]) -> tuple[list[float] | None, str]:
     """(box xyxy inside the image or None, what is wrong with it or nothing)."""
     box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+    if not isinstance(box, list) or [value for value in box if not _is_number(value)] or len(box) != 4:
         return None, "box missing or not four numbers, dropped"
-    x, y, width, height = (float(value) for value in box)
-    if not all(math.isfinite(value) for value in (x, y, width, height)):
+    try:
+        x, y, width, height = map(float, box)
+    except OverflowError:  # an integer of hundreds of digits
+        x = y = width = height = math.inf
+    if not math.isfinite(x + y + width + height):
         return None, "box with NaN or infinity, dropped"
     if width <= 0 or height <= 0:
         return None, "box of zero or negative size, dropped"

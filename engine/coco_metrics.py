@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -73,7 +73,10 @@ def read_ground_truth(annotations: Path | str | dict[str, Any]) -> GroundTruth:
     image_ids = {
         entry["id"] for entry in content["images"] if isinstance(entry, dict) and isinstance(entry.get("id"), int)
     }
-    names = {entry["id"]: str(entry.get("name", entry["id"])) for entry in content["categories"]}
+    categories = [
+        entry for entry in content["categories"] if isinstance(entry, dict) and isinstance(entry.get("id"), int)
+    ]
+    names = {entry["id"]: str(entry.get("name", entry["id"])) for entry in categories}
     kept: list[dict[str, Any]] = []
     entries = content.get("annotations") or []
     for entry in entries:
@@ -99,19 +102,25 @@ def _usable_annotation(entry: object, new_id: int) -> dict[str, Any] | None:
     box, image_id, category_id = entry.get("bbox"), entry.get("image_id"), entry.get("category_id")
     if not isinstance(box, list) or len(box) != 4 or not isinstance(image_id, int) or not isinstance(category_id, int):
         return None
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in box):
+    box = [_finite(value) for value in box]
+    if None in box:
         return None
-    area = entry.get("area")
-    if not isinstance(area, int | float) or not math.isfinite(area):
-        area = box[2] * box[3]
+    area = _finite(entry.get("area"))
     return {
         "id": new_id,
         "image_id": image_id,
         "category_id": category_id,
-        "bbox": [float(value) for value in box],
-        "area": float(area),
+        "bbox": box,
+        "area": box[2] * box[3] if area is None else area,
         "iscrowd": int(bool(entry.get("iscrowd"))),
     }
+
+
+def _finite(value: object) -> float | None:
+    """The value as a number, or None where it is none."""
+    if not isinstance(value, int | float) or abs(value) > sys.float_info.max or value != value:
+        return None
+    return float(value)
 
 
 def choose_backend(backend: MetricBackend) -> Literal["hotcoco", "pycocotools"]:

@@ -42,6 +42,7 @@ GOOD = [10.0, 20.0, 30.0, 40.0]
         (box(1, [10, 20, 1e-30, 40]), "outside the image"),  # no width left in float32
         (box(1, [10, 20, math.nan, 40]), "NaN or infinity"),
         (box(1, [math.inf, 20, 30, 40]), "NaN or infinity"),
+        (box(1, [10**400, 20, 30, 40]), "NaN or infinity"),
         (box(1, [10, 20, 30]), "not four numbers"),
         (box(1, [10, 20, 30, "40"]), "not four numbers"),
         (box(1, None), "not four numbers"),
@@ -230,7 +231,7 @@ anything = st.recursive(
     max_leaves=5,
 )
 ids = st.integers(0, 3) | anything
-numbers = st.floats(-50, 300) | st.sampled_from([0.0, -1.0, math.nan, math.inf, 1e38, 1e308])
+numbers = st.floats(-50, 300) | st.sampled_from([0.0, -1.0, math.nan, math.inf, 1e38, 1e308, 10**400])
 annotations = st.fixed_dictionaries(
     {},
     optional={

@@ -71,10 +71,18 @@ def test_an_epoch(folder):
     assert len({int(i) for step in steps for batch in step for i in batch.image_ids}) == 12
 
 
-@pytest.mark.parametrize("settings", [{"num_workers": 2}, {"num_workers": 1, "worker_start": "spawn"}])
-def test_workers_change_nothing(folder, settings):
+def test_workers_change_nothing(folder):
     expected = list(train_loader(folder).iterate(1))
-    assert equal_steps(train_loader(folder, settings=settings).iterate(1), expected)
+    assert equal_steps(train_loader(folder, settings={"num_workers": 2}).iterate(1), expected)
+
+
+def test_spawned_workers_change_nothing_and_share_the_annotations(folder):
+    expected = list(train_loader(folder).iterate(1))
+    config = make_config(folder, num_workers=1, worker_start="spawn")
+    dataset = config.train.build(split="train")
+    assert not any(tensor.is_shared() for tensor in dataset.annotations)
+    assert equal_steps(config.build_train_loader(dataset, seed=5).iterate(1), expected)
+    assert all(tensor.is_shared() for tensor in dataset.annotations)
 
 
 def test_starting_inside_an_epoch(folder):
