@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from losses.boxes import OverlapLoss, box_losses
@@ -49,6 +50,30 @@ class _Supervision(NamedTuple):
     """[B] factor of the losses of each image; None for 1."""
     valid: Tensor | None = None
     """[B, Q] False where a query is not supervised; None for everywhere."""
+
+
+class _Pairs(NamedTuple):
+    """M matched pairs of all supervisions in their order: those that are ranked come first."""
+
+    layer_names: list[str]
+    """Of all supervisions."""
+    ranked: int
+    """How many pairs are ranked."""
+    layer: Tensor
+    """[M] index into ``layer_names``."""
+    rows: list[Tensor]
+    """For each supervision, indices of its pairs into its [L·B·Q] rows."""
+    target: Tensor
+    label: Tensor
+    score: Tensor
+    """[M] of the target's class, detached."""
+    iou: Tensor
+    """[M] of the predicted box with its target, detached."""
+    boxes: Tensor
+    """[M, 4] predicted."""
+    target_boxes: Tensor
+    scale: Tensor | None
+    """[M] factor of each pair's losses; None for 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,26 +121,23 @@ class CriterionConfig:
             NonFinitePredictionError: a prediction is NaN or infinite; names supervision, layer and image.
             ValueError: the matcher lists candidates for another number of layers.
         """
-        device = outputs.decoder.logits.device
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(outputs.decoder.logits.device.type, enabled=False):
             supervisions = self._match(outputs, targets)
+            pairs = _collect_pairs(supervisions, targets)
+            rank, weight = self._rank(pairs, targets)
             normaliser = _normaliser(num_targets, targets)
-            total = torch.zeros((), device=device)
-            terms: dict[str, Tensor] = {}
-            diagnostics: dict[str, Tensor] = {}
-            for supervision in supervisions:
-                (classification, bbox, overlap), described = self._losses(supervision, targets)
-                for name, weight, sums in (
-                    ("class", self.weights.classification, classification / normaliser),
-                    ("bbox", self.weights.bbox, bbox / normaliser),
-                    (self.overlap, self.weights.giou, overlap / normaliser),
-                ):
-                    total = total + weight * sums.sum()
-                    values = sums.detach().unbind(0)
-                    terms |= {f"{layer}/{name}": v for layer, v in zip(supervision.layers, values, strict=True)}
-                diagnostics |= described
-            diagnostics |= instability([s[:3] for s in supervisions if s.candidates])
-            return LossOutput(total, terms, diagnostics)
+            sums = {
+                "class": self._classification_sums(supervisions, pairs, weight) / normaliser,
+                **{name: values / normaliser for name, values in self._box_sums(pairs, weight).items()},
+            }
+            weights = (self.weights.classification, self.weights.bbox, self.weights.giou)
+            total = torch.stack([w * s.sum() for w, s in zip(weights, sums.values(), strict=True)]).sum()
+            terms = {
+                f"{layer}/{name}": value
+                for name, values in sums.items()
+                for layer, value in zip(pairs.layer_names, values.detach().unbind(0), strict=True)
+            }
+            return LossOutput(total, terms, _describe(supervisions, pairs, rank, len(targets.labels)))
 
     def _match(self, outputs: DetectorOutputs, targets: Targets) -> list[_Supervision]:
         """Everything that is supervised, with its matches: encoder output, decoder layers, denoising queries."""
@@ -135,46 +157,99 @@ class CriterionConfig:
             supervisions.append(_Supervision(names[name], prediction, found[name], own))
         return supervisions + denoising
 
-    def _losses(
-        self, supervision: _Supervision, targets: Targets
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-        """Sums [L] of classification, L1 and overlap losses over a supervision's images, and its diagnostics."""
-        (logits, boxes), matches = supervision.prediction, supervision.matches
-        num_layers, num_images, num_queries, num_classes = logits.shape
-        logits = logits.reshape(-1, num_classes)
-        groups = matches.layer * num_images + matches.image
-        rows = groups * num_queries + matches.query
-        labels = targets.labels[matches.target]
-        matched_boxes = at_least_float32(boxes.reshape(-1, 4)[rows])
-        target_boxes = targets.boxes[matches.target].to(matched_boxes.dtype)
+    def _rank(self, pairs: _Pairs, targets: Targets) -> tuple[Tensor, Tensor | None]:
+        """Rank of each ranked pair among the candidates of its target, and weights of all pairs (None: equal)."""
+        quality = self.classification.quality(pairs.score[: pairs.ranked], pairs.iou[: pairs.ranked])
+        rank = rank_within(quality, (pairs.layer * len(targets.labels) + pairs.target)[: pairs.ranked])
+        if self.prime_sample_tau is None:
+            return rank, None
+        weight = prime_sample_weights(rank, self.prime_sample_tau, pairs.iou.dtype)
+        return rank, F.pad(weight, (0, len(pairs.iou) - pairs.ranked), value=1.0)
 
-        weight, described = None, {}
-        iou = paired_iou(cxcywh_to_xyxy(matched_boxes.detach()), cxcywh_to_xyxy(target_boxes))
-        if supervision.candidates:
-            score = at_least_float32(logits.detach()[rows, labels]).sigmoid()
-            of_target = matches.layer * len(targets.labels) + matches.target
-            rank = rank_within(self.classification.quality(score, iou), of_target)
-            if self.prime_sample_tau is not None:
-                weight = prime_sample_weights(rank, self.prime_sample_tau, iou.dtype)
-            described = matching_diagnostics(
-                supervision.layers, supervision.candidates, matches, rank, score, iou, len(targets.labels)
-            )
+    def _classification_sums(self, supervisions: list[_Supervision], pairs: _Pairs, weight: Tensor | None) -> Tensor:
+        """Summed classification loss of each layer of all supervisions."""
+        sums, first = [], 0
+        for supervision, rows in zip(supervisions, pairs.rows, strict=True):
+            own = slice(first, first + len(rows))
+            first += len(rows)
+            logits, matches = supervision.prediction.logits, supervision.matches
+            losses = self.classification(
+                logits.reshape(-1, logits.shape[-1]),
+                rows,
+                pairs.label[own],
+                pairs.iou[own],
+                None if weight is None else weight[own],
+                matches.layer * logits.shape[1] + matches.image,
+            ).view(logits.shape[:-1])
+            if supervision.valid is not None:
+                losses = losses.where(supervision.valid, 0)
+            losses = losses.sum(-1)
+            sums.append((losses if supervision.image_scale is None else losses * supervision.image_scale).sum(-1))
+        return torch.cat(sums)
 
-        row_losses = self.classification(logits, rows, labels, iou, weight, groups)
-        row_losses = row_losses.view(num_layers, num_images, num_queries)
-        pair_losses = torch.stack(box_losses(matched_boxes, target_boxes, self.overlap))  # [2, M]
+    def _box_sums(self, pairs: _Pairs, weight: Tensor | None) -> dict[str, Tensor]:
+        """Summed L1 and overlap losses of each layer of all supervisions."""
+        losses = torch.stack(box_losses(pairs.boxes, pairs.target_boxes, self.overlap))  # [2, M]
         if weight is not None:
-            pair_losses = pair_losses * weight
-        if supervision.valid is not None:
-            row_losses = row_losses.where(supervision.valid, 0)
-        image_losses = row_losses.sum(-1)
-        if supervision.image_scale is not None:
-            image_losses = image_losses * supervision.image_scale
-            pair_losses = pair_losses * supervision.image_scale[matches.image]
+            losses = losses * weight
+        if pairs.scale is not None:
+            losses = losses * pairs.scale
         # A masked sum instead of index_add: the same bits in every run, on every device.
-        in_layer = matches.layer == torch.arange(num_layers, device=matches.layer.device)[:, None]
-        bbox, overlap = torch.where(in_layer, pair_losses[:, None], 0).sum(-1)
-        return (image_losses.sum(-1), bbox, overlap), described
+        index = torch.arange(len(pairs.layer_names), device=losses.device)[:, None]
+        bbox, overlap = torch.where(pairs.layer == index, losses[:, None], 0).sum(-1)
+        return {"bbox": bbox, self.overlap: overlap}
+
+
+def _collect_pairs(supervisions: list[_Supervision], targets: Targets) -> _Pairs:
+    """The matched pairs of all supervisions, so that what concerns pairs is computed once for all."""
+    layer, rows, boxes, logits, scale = [], [], [], [], []
+    names: list[str] = []
+    for supervision in supervisions:
+        prediction, matches = supervision.prediction, supervision.matches
+        _, num_images, num_queries, num_classes = prediction.logits.shape
+        own = (matches.layer * num_images + matches.image) * num_queries + matches.query
+        layer.append(matches.layer + len(names))
+        rows.append(own)
+        boxes.append(at_least_float32(prediction.boxes.reshape(-1, 4)[own]))
+        entry = prediction.logits.detach().reshape(-1, num_classes)[own, targets.labels[matches.target]]
+        logits.append(at_least_float32(entry))
+        if supervision.image_scale is not None:
+            scale.append(supervision.image_scale[matches.image])
+        names += supervision.layers
+    target = torch.cat([supervision.matches.target for supervision in supervisions])
+    matched, target_boxes = torch.cat(boxes), targets.boxes[target].to(boxes[0].dtype)
+    num_unscaled = len(target) - sum(len(part) for part in scale)
+    return _Pairs(
+        layer_names=names,
+        ranked=sum(len(own) for own, s in zip(rows, supervisions, strict=True) if s.candidates),
+        layer=torch.cat(layer),
+        rows=rows,
+        target=target,
+        label=targets.labels[target],
+        score=torch.cat(logits).sigmoid(),
+        iou=paired_iou(cxcywh_to_xyxy(matched.detach()), cxcywh_to_xyxy(target_boxes)),
+        boxes=matched,
+        target_boxes=target_boxes,
+        scale=F.pad(torch.cat(scale), (num_unscaled, 0), value=1.0) if scale else None,
+    )
+
+
+def _describe(supervisions: list[_Supervision], pairs: _Pairs, rank: Tensor, num_targets: int) -> dict[str, Tensor]:
+    """Diagnostics of the supervisions whose matches were found here."""
+    found = [supervision for supervision in supervisions if supervision.candidates]
+    candidates = [k for supervision in found for k in supervision.candidates or ()]
+    first = slice(pairs.ranked)
+    described = matching_diagnostics(
+        pairs.layer_names[: len(candidates)],
+        candidates,
+        pairs.layer[first],
+        pairs.target[first],
+        rank,
+        pairs.score[first],
+        pairs.iou[first],
+        num_targets,
+    )
+    return described | instability([supervision[:3] for supervision in found])
 
 
 def _denoising_supervision(denoising: Denoising) -> _Supervision:

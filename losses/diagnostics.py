@@ -18,7 +18,8 @@ from structures import Matches, Prediction
 def matching_diagnostics(
     names: Sequence[str],
     candidates: Sequence[int],
-    matches: Matches,
+    layer: Tensor,
+    target: Tensor,
     rank: Tensor,
     score: Tensor,
     iou: Tensor,
@@ -29,7 +30,8 @@ def matching_diagnostics(
     Args:
         names: of the layers.
         candidates: queries that a target may take in each layer.
-        matches: M of them.
+        layer: [M] index of the layer of each matched pair.
+        target: [M] index of its target.
         rank: [M] of each candidate among those of its target, 0 for the best.
         score: [M] of the target's class.
         iou: [M] of the predicted box with its target.
@@ -41,12 +43,12 @@ def matching_diagnostics(
         candidates of rank r; ``score_iou_correlation``, Spearman's over the matched queries (ties rank in order).
     """
     num_layers = len(names)
-    in_layer = matches.layer == torch.arange(num_layers, device=rank.device)[:, None]  # [L, M]
+    in_layer = layer == torch.arange(num_layers, device=rank.device)[:, None]  # [L, M]
     count = in_layer.sum(-1)
     taken = torch.zeros(num_layers * num_targets, device=rank.device)
-    taken[matches.layer * num_targets + matches.target] = 1
+    taken[layer * num_targets + target] = 1
     matched = taken.view(num_layers, num_targets).sum(-1)
-    difference = (rank_within(score, matches.layer) - rank_within(iou, matches.layer)).double().square()
+    difference = (rank_within(score, layer) - rank_within(iou, layer)).double().square()
     squares = torch.where(in_layer, difference, 0).sum(-1)
     correlation = torch.where(count > 1, 1 - 6 * squares / (count * (count * count - 1)).clamp(min=1), 0).float()
 
@@ -56,15 +58,19 @@ def matching_diagnostics(
     mean_iou = torch.where(of_rank, iou, 0).sum(-1) / members
     mean_score = torch.where(of_rank, score, 0).sum(-1) / members
 
-    described = {}
-    effective = count / matched.clamp(min=1)
-    for i, name in enumerate(names):
-        described[f"{name}/candidates"] = effective[i]
-        described[f"{name}/unmatched"] = num_targets - matched[i]
-        described[f"{name}/score_iou_correlation"] = correlation[i]
-        for r in range(candidates[i]):
-            described[f"{name}/iou_rank{r}"] = mean_iou[r, i]
-            described[f"{name}/score_rank{r}"] = mean_score[r, i]
+    columns = {
+        "candidates": count / matched.clamp(min=1),
+        "unmatched": num_targets - matched,
+        "score_iou_correlation": correlation,
+    }
+    for r, (ious, scores) in enumerate(zip(mean_iou.unbind(0), mean_score.unbind(0), strict=True)):
+        columns |= {f"iou_rank{r}": ious, f"score_rank{r}": scores}
+    described: dict[str, Tensor] = {}
+    for column, values in columns.items():
+        rank_of_column = int(column.rpartition("rank")[2]) if "rank" in column else 0
+        for name, k, value in zip(names, candidates, values.unbind(0), strict=True):
+            if rank_of_column < k:
+                described[f"{name}/{column}"] = value
     return described
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _SMALLEST_BASE = 1e-12
+_CPU_CHUNK = 1 << 16
+"""Entries of logits that are computed at a time on a CPU."""
 
 
 class Negatives(NamedTuple):
@@ -94,16 +96,12 @@ class _NegativeRows(torch.autograd.Function):
         ctx: Any, logits: Tensor, rows: Tensor, labels: Tensor, gamma: float, detached: bool
     ) -> tuple[Tensor, Tensor]:
         matched = logits[rows, labels]
-        logits = logits.index_put((rows, labels), logits.new_full((), float("-inf")))
-        score = logits.sigmoid()
-        modulation = score * score if gamma == 2 else score.pow(gamma)
-        loss = modulation * F.softplus(logits)
+        # A copy of the logits that chunk by chunk becomes the gradient: the only temporary of this size.
+        buffer = logits.index_put((rows, labels), logits.new_full((), float("-inf")))
+        sums = [_negatives(chunk, gamma, detached) for chunk in buffer.split(_chunk_rows(buffer))]
         if ctx.needs_input_grad[0]:
-            gradient = modulation * score  # s^γ · dBCE/dx
-            if not detached and gamma != 0:  # + γ·s^γ·(1−s)·BCE = γ·(loss − s·loss)
-                gradient.add_(loss, alpha=gamma).sub_(score.mul_(loss), alpha=gamma)
-            ctx.save_for_backward(gradient, rows, labels)
-        return loss.sum(1), matched
+            ctx.save_for_backward(buffer, rows, labels)
+        return torch.cat(sums), matched
 
     @staticmethod
     @once_differentiable
@@ -112,6 +110,23 @@ class _NegativeRows(torch.autograd.Function):
         gradient = gradient * grad_rows[:, None]
         gradient[rows, labels] = grad_matched  # each row is matched at most once
         return gradient, None, None, None, None
+
+
+def _negatives(buffer: Tensor, gamma: float, detached: bool) -> Tensor:
+    """Row sums [n] of s^γ·BCE(s, 0) of the logits in ``buffer`` [n, C], which are replaced by its gradient."""
+    score = buffer.sigmoid()
+    modulation = score * score if gamma == 2 else score.pow(gamma)
+    loss = modulation * F.softplus(buffer)
+    torch.mul(modulation, score, out=buffer)  # s^γ · dBCE/dx
+    if not detached and gamma != 0:  # + γ·s^γ·(1−s)·BCE = γ·(loss − s·loss)
+        buffer.add_(loss, alpha=gamma).sub_(score.mul_(loss), alpha=gamma)
+    return loss.sum(1)
+
+
+def _chunk_rows(buffer: Tensor) -> int:
+    """Rows at a time: on a CPU so few that temporaries stay in its cache, elsewhere all."""
+    rows, columns = buffer.shape
+    return max(1, min(rows, _CPU_CHUNK // max(1, columns))) if buffer.device.type == "cpu" else max(1, rows)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Tests hold the real one to it, and the benchmark measures what the real one gain
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -129,11 +128,15 @@ def layer_losses(
     score = logits.detach()[query, labels[target]].sigmoid()
     weight = torch.ones_like(iou)
     if tau is not None:
-        best = quality(loss, score, iou)
-        for g in set(target.tolist()):
-            members = [m for m in range(len(pairs)) if target[m] == g]
-            for rank, m in enumerate(sorted(members, key=lambda m: -best[m].item())):
-                weight[m] = math.exp(-rank / tau)
+        ranks = [0] * len(pairs)
+        best = quality(loss, score, iou).tolist()
+        candidates: dict[int, list[int]] = {}
+        for m, (_, g) in enumerate(pairs):
+            candidates.setdefault(g, []).append(m)
+        for members in candidates.values():
+            for rank, m in enumerate(sorted(members, key=lambda m: -best[m])):
+                ranks[m] = rank
+        weight = torch.exp(-torch.tensor(ranks, dtype=iou.dtype) / tau)
     matched = torch.zeros(logits.shape, dtype=torch.bool)
     u, w = torch.zeros_like(logits), torch.zeros_like(logits)
     matched[query, labels[target]] = True
