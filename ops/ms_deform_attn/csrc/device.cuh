@@ -1,0 +1,106 @@
+// What the kernels need of the device: 16-bit types, wide loads and reductions. No CUDA header is included, so that NVRTC
+// needs nothing but itself; where there is no CUDA compiler, the including program brings an emulation of the rest.
+//
+// Set when compiled: VALUE_TYPE and SAMPLE_TYPE (0 float32, 1 bfloat16, 2 float16), CHANNELS, LEVELS, POINTS, FUSED,
+// REFERENCE_SIZE (2 points, 4 boxes), TILED, TILE_WIDTH, TILE_HEIGHT, THREADS, and for the backward DETERMINISTIC and,
+// if TILED, WINDOWS.
+#pragma once
+
+typedef long long int64;
+typedef unsigned long long uint64;
+
+struct bf16 { unsigned short bits; };
+struct fp16 { unsigned short bits; };
+
+template <int type> struct Type;
+template <> struct Type<0> { typedef float t; };
+template <> struct Type<1> { typedef bf16 t; };
+template <> struct Type<2> { typedef fp16 t; };
+typedef Type<VALUE_TYPE>::t value_t;
+typedef Type<SAMPLE_TYPE>::t sample_t;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+__device__ inline float widen(fp16 x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  const unsigned magnitude = (x.bits & 0x7fffu) << 13;
+  unsigned scaled = __float_as_uint(__uint_as_float(magnitude) * 0x1p112f);
+  if (magnitude >= 0x0f800000u) scaled |= 0x7f800000u;
+  return __uint_as_float(scaled | ((x.bits & 0x8000u) << 16));
+#endif
+}
+
+// Rounding to nearest, ties to even.
+__device__ inline void narrow(float x, float& y) { y = x; }
+__device__ inline void narrow(float x, bf16& y) {
+  const unsigned bits = __float_as_uint(x);
+  y.bits = x != x ? 0x7fffu : static_cast<unsigned short>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+__device__ inline void narrow(float x, fp16& y) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+  y.bits = emulation::to_half(x);
+#endif
+}
+
+// count consecutive values as one access of up to 16 bytes; the address is a multiple of its size.
+template <int bytes> struct Wide;
+template <> struct Wide<16> { typedef uint4 t; };
+template <> struct Wide<8> { typedef uint2 t; };
+template <> struct Wide<4> { typedef unsigned t; };
+template <> struct Wide<2> { typedef unsigned short t; };
+
+template <class T, int count> union Pack {
+  typename Wide<sizeof(T) * count>::t wide;
+  T items[count];
+  __device__ Pack() {}
+};
+template <int count, class T> __device__ inline void load(const T* from, float* to) {
+  typedef typename Wide<sizeof(T) * count>::t wide_t;
+  Pack<T, count> pack;
+  pack.wide = __ldg(reinterpret_cast<const wide_t*>(from));
+#pragma unroll
+  for (int i = 0; i < count; ++i) to[i] = widen(pack.items[i]);
+}
+template <int count, class T> __device__ inline void store(T* to, const float* from) {
+  typedef typename Wide<sizeof(T) * count>::t wide_t;
+  Pack<T, count> pack;
+#pragma unroll
+  for (int i = 0; i < count; ++i) narrow(from[i], pack.items[i]);
+  *reinterpret_cast<wide_t*>(to) = pack.wide;
+}
+
+// The same for float32 that this block has written, in shared memory.
+template <int count> __device__ inline void read(const float* from, float* to) {
+  Pack<float, count> pack;
+  pack.wide = *reinterpret_cast<const typename Wide<4 * count>::t*>(from);
+#pragma unroll
+  for (int i = 0; i < count; ++i) to[i] = pack.items[i];
+}
+
+// Adds count floats to memory that other blocks add to. Without DETERMINISTIC in whatever order they come, by vector
+// reductions where there are any; with it as 64-bit fixed-point numbers, whose sum does not depend on the order.
+template <int count> __device__ inline void add_shared_by_blocks(void* grad, int64 at, const float* x, float scale) {
+#if DETERMINISTIC
+  uint64* to = static_cast<uint64*>(grad) + at;
+#pragma unroll
+  for (int i = 0; i < count; ++i) atomicAdd(to + i, static_cast<uint64>(__float2ll_rn(x[i] * scale)));
+#else
+  float* to = static_cast<float*>(grad) + at;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (count == 4) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+                 : "memory");
+  } else
+#endif
+  {
+#pragma unroll
+    for (int i = 0; i < count; ++i) atomicAdd(to + i, x[i]);
+  }
+#endif
+}
