@@ -31,13 +31,15 @@ class Diagnosis(NamedTuple):
     """First module, in the backward pass, whose output's gradient was not finite."""
     bad_gradients: list[str]
     """Parameters whose gradient was not finite."""
+    refusal: str | None
+    """Why the criterion refused the predictions."""
     terms: dict[str, float]
 
     @property
     def is_finite(self) -> bool:
         """Whether nothing was found."""
-        found = (self.bad_weights, self.bad_inputs, self.first_module, self.bad_terms, self.bad_gradients)
-        return not any(found) and self.first_gradient is None
+        found = (self.bad_weights, self.bad_inputs, self.bad_terms, self.bad_gradients)
+        return not any(found) and self.first_module is None and self.first_gradient is None
 
     def describe(self) -> str:
         """One line for the user."""
@@ -48,7 +50,9 @@ class Diagnosis(NamedTuple):
             parts.append(f"weights are not finite already ({_some(self.bad_weights)})")
         if self.first_module is not None:
             parts.append(f"first bad layer {self.first_module}")
-        if self.bad_terms:
+        if self.refusal is not None:
+            parts.append(f"the criterion says: {self.refusal}")
+        elif self.bad_terms:
             parts.append(f"first bad loss term {self.bad_terms[0]} ({len(self.bad_terms)} of {len(self.terms)} bad)")
         if self.first_gradient is not None:
             parts.append(f"gradients first bad at the output of {self.first_gradient}")
@@ -117,14 +121,15 @@ def diagnose(
     bad_weights = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
     terms: dict[str, float] = {}
     bad_inputs = False
+    refusals: list[str] = []
     model.zero_grad(set_to_none=True)
     probe = _Probe(model)
     try:
         for batch in batches:
             batch = batch.to(device)
             bad_inputs = bad_inputs or not is_finite([batch.images, batch.targets.boxes])
-            loss = forward_loss(model, criterion, batch, num_targets, device, precision)
-            for name, value in (*loss.terms.items(), ("total", loss.total)):
+            loss = forward_loss(model, criterion, batch, num_targets, device, precision, refusals)
+            for name, value in (*loss.terms.items(), ("total", loss.total.detach())):
                 terms[name] = terms.get(name, 0.0) + float(value)
             (loss.total * loss_scale).backward()
     finally:
@@ -132,7 +137,16 @@ def diagnose(
     gradients = [name for name, p in model.named_parameters() if p.grad is not None and not is_finite(p.grad)]
     model.zero_grad(set_to_none=True)
     bad_terms = [name for name, value in terms.items() if not torch.isfinite(torch.tensor(value))]
-    return Diagnosis(bad_weights, bad_inputs, probe.first_module, bad_terms, probe.first_gradient, gradients, terms)
+    return Diagnosis(
+        bad_weights,
+        bad_inputs,
+        probe.first_module,
+        bad_terms,
+        probe.first_gradient,
+        gradients,
+        refusals[0] if refusals else None,
+        terms,
+    )
 
 
 class StepRecord(NamedTuple):

@@ -53,8 +53,8 @@ class NonFiniteSteps:
             DivergedError: if it is one more than allowed.
         """
         scale = float(optimizer_step.scaler.get_scale())
-        finite = all(bool(torch.isfinite(loss.total)) for loss in losses)
-        if optimizer_step.scaler.is_enabled() and scale > 1 and all(distributed.gather(finite)):
+        finite = all(distributed.gather(all(bool(torch.isfinite(loss.total)) for loss in losses)))
+        if optimizer_step.scaler.is_enabled() and scale > 1 and finite:
             # Only the gradients overflow: ordinary life in fp16 while the loss scale finds its level.
             self.counters["overflows"] += 1
             count = self.counters["overflows"]
@@ -75,7 +75,8 @@ class NonFiniteSteps:
         diagnosis = record.run_again(optimizer_step.module, optimizer_step.criterion, optimizer_step.device)
         begun_here = not diagnosis.is_finite
         # The others have only received the gradients. If nobody finds anything, everybody keeps the step.
-        concerned = begun_here or not any(distributed.gather(begun_here))
+        begun_somewhere = any(distributed.gather(begun_here))
+        concerned = begun_here or not begun_somewhere
         text = f"step {record.step} on rank {record.rank}: {diagnosis.describe()}"
         if concerned and self._dumps < MAX_DUMPS:
             self._dumps += 1

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 
 from engine import distributed
 from engine.run_directory import LOG, METRICS
+from structures import LossOutput
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -104,11 +105,18 @@ class Progress:
     def __init__(self, total_steps: int, steps_per_epoch: int, device: torch.device) -> None:
         self._total, self._per_epoch, self._device = total_steps, steps_per_epoch, device
         self._sums: dict[str, torch.Tensor] = {}
-        self._steps = self._images = 0
+        self._steps = self._measured = self._images = 0
         self._waited = self._seconds = 0.0
 
-    def add_values(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Add one micro-batch's detached scalars; they stay on the device until the next line."""
+    def add_losses(self, losses: Sequence[LossOutput]) -> None:
+        """Add the micro-batches of a step that was not skipped; values stay on the device until the next line."""
+        self._measured += 1
+        for loss in losses:
+            self._add({"loss": loss.total})
+            self._add({f"terms/{name}": value for name, value in loss.terms.items()})
+            self._add({f"diagnostics/{name}": value / len(losses) for name, value in loss.diagnostics.items()})
+
+    def _add(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, value in values.items():
             known = self._sums.get(name)
             self._sums[name] = value.detach().float() if known is None else known + value.detach().float()
@@ -133,11 +141,11 @@ class Progress:
         means: dict[str, float] = {}
         for part in distributed.gather(dict(zip(names, stacked, strict=True))):
             for name, value in part.items():
-                means[name] = means.get(name, 0.0) + value / self._steps
+                means[name] = means.get(name, 0.0) + value / self._measured
         seconds = max(self._seconds, 1e-9)
         record: dict[str, Any] = {
             "epoch": round(step / self._per_epoch, 4),
-            **{name: value for name, value in means.items() if "/" not in name},
+            "loss": means.get("loss", float("nan")),
             "seconds_per_step": seconds / self._steps,
             "images_per_second": self._images / seconds,
             "data_wait": min(1.0, self._waited / seconds),
@@ -152,7 +160,8 @@ class Progress:
             for name, value in means.items()
             if name.startswith("diagnostics/")
         }
-        self._sums, self._steps, self._images, self._seconds, self._waited = {}, 0, 0, 0.0, 0.0
+        self._sums, self._seconds, self._waited = {}, 0.0, 0.0
+        self._steps = self._measured = self._images = 0
         return record
 
     def line(self, step: int, record: Mapping[str, Any]) -> str:

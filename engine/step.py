@@ -38,8 +38,9 @@ def configure_device(device: torch.device, *, tf32: bool = False, deterministic:
     """
     torch.backends.cuda.matmul.allow_tf32 = tf32
     if device.type == "cpu" or deterministic:
-        # Warnings only: what has no deterministic form is not worth refusing to train.
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Warnings only: what has no deterministic form is not worth refusing to train. (use_deterministic_algorithms
+        # would do the same, after seconds of importing the compiler.)
+        torch.set_deterministic_debug_mode("warn")
         # A module with properties, which mypy cannot see.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.deterministic = deterministic
@@ -64,19 +65,23 @@ def forward_loss(
     num_targets: float,
     device: torch.device,
     precision: Precision,
+    refusals: list[str] | None = None,
 ) -> LossOutput:
     """Loss of one micro-batch; the criterion always computes in full precision.
 
     A criterion refuses predictions that it cannot match. If they are not finite, the loss is NaN, with NaN as the
-    gradient of every parameter: other processes wait for gradients, and must learn of it through them.
+    gradient of every parameter: other processes wait for gradients, and must learn of it through them. The reason is
+    then added to ``refusals``.
     """
     with autocast(device, precision):
         outputs = model(batch)
     try:
         return criterion(outputs, batch.targets, num_targets)
-    except ValueError:
+    except ValueError as error:
         if is_finite(outputs):
             raise
+        if refusals is not None:
+            refusals.append(str(error))
         leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
         return LossOutput(torch.stack([leaf.float().sum() for leaf in leaves]).sum() * float("nan"), {}, {})
 

@@ -258,10 +258,7 @@ class Trainer:
         step.update()
         if self.average is not None:
             self.average.update(step.module)
-        for loss in losses:
-            progress.add_values({"loss": loss.total})
-            progress.add_values({f"terms/{name}": value for name, value in loss.terms.items()})
-            progress.add_values({f"diagnostics/{name}": v / len(losses) for name, v in loss.diagnostics.items()})
+        progress.add_losses(losses)
         return norm
 
     def _record(self, progress: Progress, norm: float, records: Records | None) -> None:

@@ -11,17 +11,29 @@ import torch
 
 
 @pytest.fixture(autouse=True)
+def _draw_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves take longer than all else in a run of a dozen steps; tests that want them ask for ``with_curves``."""
+    if "with_curves" not in request.fixturenames:
+        monkeypatch.setattr("engine.trainer.draw_curves", lambda metrics, path: None)
+
+
+@pytest.fixture
+def with_curves() -> None:
+    """Keeps the drawing of curves on."""
+
+
+@pytest.fixture(autouse=True)
 def _restore_process_state() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
     root = logging.getLogger()
     log_handlers, level = root.handlers[:], root.level
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.get_deterministic_debug_mode()
     random_states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
     root.handlers[:], root.level = log_handlers, level
-    torch.use_deterministic_algorithms(deterministic)
+    torch.set_deterministic_debug_mode(deterministic)
     torch.set_rng_state(random_states[0])
     np.random.set_state(random_states[1])
     random.setstate(random_states[2])

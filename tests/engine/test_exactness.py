@@ -83,7 +83,9 @@ def test_random_numbers_matter_to_the_comparison(tmp_path: Path) -> None:
         torch.manual_seed(0)
         trainer = build(Options(directory=str(tmp_path / str(seed))))
         trainer.seed = seed
-        trainer.optimizer_step.module.load_state_dict(build(Options(directory=str(tmp_path))).optimizer_step.module.state_dict())
+        trainer.optimizer_step.module.load_state_dict(
+            build(Options(directory=str(tmp_path))).optimizer_step.module.state_dict()
+        )
         trainer.directory.mkdir()
         trainer.fit()
     a, b = last(tmp_path / "7")["weights"], last(tmp_path / "8")["weights"]
@@ -122,57 +124,68 @@ def test_killed_between_checkpoint_and_evaluation(tmp_path: Path) -> None:
     assert_identical(last(options.directory), last(parts.directory))
 
 
-def test_two_processes_are_exact_too(tmp_path: Path) -> None:
+TWO_PROCESS_VARIANTS = {"plain": {}, "accumulation": {"accumulation_steps": 2, "batch_norm": True}}
+SPLITS = {
+    "1x8": (1, {}),
+    "1x4x2": (1, {"accumulation_steps": 2}),
+    "2x4": (2, {}),
+    "2x2x2": (2, {"accumulation_steps": 2}),
+}
+# Seeds 0 and 1: the first of two processes has no target.
+SPLITS |= {"1x2": (1, {"batch_size": 2}), "2x1": (2, {"batch_size": 2})}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of all runs that take two processes, which are started only once."""
+    root = tmp_path_factory.mktemp("shared")
     runs = []
-    for name, changes in {"plain": {}, "accumulation": {"accumulation_steps": 2, "batch_norm": True}}.items():
-        whole = Options(directory=str(tmp_path / f"{name}-whole"), **changes)  # type: ignore[arg-type]
-        parts = replace(whole, directory=str(tmp_path / f"{name}-parts"), resume="auto")
+    for name, changes in TWO_PROCESS_VARIANTS.items():
+        whole = Options(directory=str(root / f"{name}-whole"), **changes)  # type: ignore[arg-type]
+        parts = replace(whole, directory=str(root / f"{name}-parts"), resume="auto")
         # The signal reaches either process; both stop after the same step.
         runs += [whole, replace(parts, signal_at=3, signal_rank=1), replace(parts, signal_at=8), parts]
+    one = Options(directory=str(root / "one"), dropout=0.0)
+    train(one)
+    up, down = (replace(one, directory=str(root / name), resume="auto") for name in ("up", "down"))
+    with pytest.raises(Interrupted):
+        train(replace(up, signal_at=6))
+    runs += [up, replace(down, signal_at=6)]
+    for name, (processes, changes) in SPLITS.items():
+        run = replace(one, directory=str(root / "split"), resume="auto", gradients=str(root / name), **changes)  # type: ignore[arg-type]
+        if processes == 2:
+            runs.append(run)
+        else:
+            train(run)
     ended = run_processes(runs, processes=2)
     assert [e.code for e in ended] == [0, 0], ended[0].errors + ended[1].errors
-    for name in ("plain", "accumulation"):
-        assert_identical(last(tmp_path / f"{name}-whole"), last(tmp_path / f"{name}-parts"))
-        assert "stopped" not in (tmp_path / f"{name}-whole/log.txt").read_text()
+    train(down)
+    return root
 
 
-def test_resume_with_another_number_of_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", TWO_PROCESS_VARIANTS)
+def test_two_processes_are_exact_too(shared: Path, variant: str) -> None:
+    assert_identical(last(shared / f"{variant}-whole"), last(shared / f"{variant}-parts"))
+    assert (shared / f"{variant}-parts/log.txt").read_text().count("nothing is left") == 0
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_resume_with_another_number_of_processes(shared: Path, direction: str) -> None:
     """Same global batch, same order of the data: equal up to rounding, here 1e-5 (without dropout)."""
-    whole = Options(directory=str(tmp_path / "whole"), dropout=0.0)
-    train(whole)
-    for name, first, second in (("up", 1, 2), ("down", 2, 1)):
-        options = replace(whole, directory=str(tmp_path / name), resume="auto")
-        for processes, run in ((first, replace(options, signal_at=6)), (second, options)):
-            ended = run_processes([run], processes)
-            assert all(e.code == (143 if run.signal_at else 0) for e in ended), ended
-        assert last(options.directory)["position"] == last(whole.directory)["position"]
-        for key, value in last(whole.directory)["weights"].items():
-            torch.testing.assert_close(last(options.directory)["weights"][key], value, rtol=1e-5, atol=1e-5)
+    changed, unchanged = last(shared / direction), last(shared / "one")
+    assert changed["position"] == unchanged["position"]
+    for key, value in unchanged["weights"].items():
+        torch.testing.assert_close(changed["weights"][key], value, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_do_not_depend_on_the_split(tmp_path: Path) -> None:
-    """Eight images with 0 to 3 targets each: 1 × 8 = 2 × 4 = 1 × 4 × 2 = 2 × 2 × 2; two where a process has none."""
-    base = Options(directory=str(tmp_path / "run"), dropout=0.0, resume="auto")
-    two = replace(base, batch_size=2)  # seeds 0 and 1: the first process has no target
-    splits = {
-        "1x8": (1, base),
-        "1x4x2": (1, replace(base, accumulation_steps=2)),
-        "2x4": (2, base),
-        "2x2x2": (2, replace(base, accumulation_steps=2)),
-        "1x2": (1, two),
-        "2x1": (2, two),
-    }
-    for processes in (1, 2):
-        runs = [replace(o, gradients=str(tmp_path / name)) for name, (n, o) in splits.items() if n == processes]
-        ended = run_processes(runs, processes)
-        assert all(e.code == 0 for e in ended), ended
-    gradients = {name: torch.load(tmp_path / name, weights_only=True) for name in splits}
-    for reference, others in (("1x8", ("1x4x2", "2x4", "2x2x2")), ("1x2", ("2x1",))):
-        for other in others:
-            for key, value in gradients[reference].items():
-                assert value is not None
-                assert value.abs().sum() > 0
-                torch.testing.assert_close(gradients[other][key], value, rtol=1e-5, atol=1e-5, msg=f"{other} {key}")
+@pytest.mark.parametrize(("other", "reference"), [("1x4x2", "1x8"), ("2x4", "1x8"), ("2x2x2", "1x8"), ("2x1", "1x2")])
+def test_gradients_do_not_depend_on_the_split(shared: Path, other: str, reference: str) -> None:
+    """Processes × images (× micro-batches), with 0 to 3 targets an image."""
+    a, b = (torch.load(shared / name, weights_only=True) for name in (other, reference))
+    for key, value in b.items():
+        assert value is not None
+        assert value.abs().sum() > 0
+        torch.testing.assert_close(a[key], value, rtol=1e-5, atol=1e-5, msg=key)
 
 
 def test_another_division_into_steps_is_refused(tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ exit codes; :func:`run_processes` does so on one or several processes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
+import multiprocessing
+import multiprocessing.process
 import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import matplotlib.figure  # noqa: F401 - imported when needed, but here for the server that processes are forked from
 import torch
+import torch._dynamo  # the same
+import torch.utils.tensorboard  # the same
 from torch import Tensor, nn
 
 from engine import distributed, session
@@ -257,48 +261,74 @@ def run_all(runs: list[Options]) -> None:
         train(runs[-1])
 
 
-def start_processes(runs: list[Options], processes: int = 1, **environment: str) -> list[subprocess.Popen[str]]:
-    """Start this program on some processes, without torchrun, which takes seconds to start."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = [json.dumps(dataclasses.asdict(options)) for options in runs]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, *arguments],
-            env={**common, "WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-
-
 class Ended(NamedTuple):
     """How a process ended."""
 
     code: int
+    """Exit code; minus the signal's number if a signal killed it."""
     output: str
     errors: str
 
 
-def wait_for(processes: list[subprocess.Popen[str]], timeout: float = 90) -> list[Ended]:
-    """Wait for the end of all; kills them and fails where one does not end in time."""
-    try:
-        outputs = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [Ended(p.returncode, out, err) for p, (out, err) in zip(processes, outputs, strict=True)]
+class Started(NamedTuple):
+    """A process that runs, and where its output goes."""
+
+    process: multiprocessing.process.BaseProcess
+    output: Path
+    errors: Path
+
+    def wait(self, timeout: float = 240) -> Ended:
+        """Wait for its end; kill it and fail if it does not come in time."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"still running after {timeout} s: {self.errors.read_text()[-2000:]}")
+        return Ended(self.process.exitcode, self.output.read_text(), self.errors.read_text())
 
 
-def run_processes(runs: list[Options], processes: int = 1, **environment: str) -> list[Ended]:
+def start_processes(runs: list[Options], processes: int = 1) -> list[Started]:
+    """Start runs in processes of their own.
+
+    They are forked from a server that has imported everything already: otherwise imports would take most of the time.
+    """
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_training"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = Path(tempfile.mkdtemp())
+    started = []
+    for rank in range(processes):
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        output, errors = folder / f"{rank}.out", folder / f"{rank}.err"
+        process = context.Process(target=_run_process, args=(runs, environment, output, errors), daemon=True)
+        process.start()
+        started.append(Started(process, output, errors))
+    return started
+
+
+def _run_process(runs: list[Options], environment: dict[str, str], output: Path, errors: Path) -> None:
+    for path, descriptor in ((output, 1), (errors, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    os._exit(_exit_code(runs))
+
+
+def _exit_code(runs: list[Options]) -> int:
+    code = session.exit_code(lambda: run_all(runs))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def run_processes(runs: list[Options], processes: int = 1) -> list[Ended]:
     """Start, and wait for the end."""
-    return wait_for(start_processes(runs, processes, **environment))
+    return [started.wait() for started in start_processes(runs, processes)]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(session.exit_code(lambda: run_all([Options(**json.loads(text)) for text in sys.argv[1:]])))
+    sys.exit(_exit_code([Options(**json.loads(text)) for text in sys.argv[1:]]))

@@ -1,0 +1,186 @@
+"""Losses and gradients that are not finite: traced, kept, and run again; skipped up to a limit."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_exactness import assert_identical, last
+from tiny_training import Options, TinyDetector, build, criterion, make_batch, run_processes, train
+from torch import Tensor, nn
+
+from engine.diagnosis import StepRecord, diagnose
+from engine.faults import MAX_DUMPS, DivergedError
+from engine.step import OptimizerStep
+from structures import Batch, DetectorOutputs, LossOutput, Targets
+
+CPU = torch.device("cpu")
+
+
+def test_non_finite_image_stops_training_with_its_origin(tmp_path: Path) -> None:
+    options = Options(directory=str(tmp_path / "run"), nan_at=6, checkpoint_every=2)
+    expected = (
+        r"step 6 on rank 0: images or targets are not finite; first bad layer backbone; "
+        r"first bad loss term decoder.0/class .*python -m tools.replay .*nonfinite_step6_rank0.pth"
+    )
+    with pytest.raises(DivergedError, match=expected):
+        train(options)
+    dump = torch.load(tmp_path / "run/nonfinite_step6_rank0.pth", weights_only=True)
+    assert dump["image_ids"] == list(range(48, 56))
+    assert dump["config"] == {"seed": 7}
+    # The weights are those the step met, and the last checkpoint is that of the step before.
+    assert_identical(dict(dump["weights"]), dict(last(options.directory)["weights"]))
+    assert last(options.directory)["position"]["step"] == 6
+
+
+def test_dump_runs_again_with_the_same_random_numbers(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError):
+        train(Options(directory=str(tmp_path / "run"), nan_at=2))
+    path = tmp_path / "run/nonfinite_step2_rank0.pth"
+    content = torch.load(path, weights_only=True)
+    record = StepRecord.from_content(content, path)
+    model = TinyDetector(dropout=0.2)
+    model.load_state_dict(content["weights"])
+    found = record.run_again(model, criterion, CPU)
+    assert json.dumps(found._asdict()) == json.dumps(content["diagnosis"])
+    # With the batch mended, what is left is finite, and equals what training would have computed.
+    mended = record._replace(batches=[batch._replace(images=batch.images.nan_to_num()) for batch in record.batches])
+    assert mended.run_again(model, criterion, CPU).terms == mended.run_again(model, criterion, CPU).terms
+    assert mended.run_again(model, criterion, CPU).is_finite
+    with pytest.raises(ValueError, match="is not the dump of a non-finite step"):
+        StepRecord.from_content({"weights": {}}, path)
+
+
+def test_skipped_steps_are_counted_and_leave_the_weights_alone(tmp_path: Path) -> None:
+    options = Options(directory=str(tmp_path / "run"), nan_at=6, max_nonfinite_steps=1)
+    trainer = train(options)
+    assert trainer.step == options.steps
+    assert trainer.faults.counters["nonfinite_steps"] == 1
+    assert "skipped, 1 of 1" in (tmp_path / "run/log.txt").read_text()
+    state = last(options.directory)
+    assert state["counters"]["nonfinite_steps"] == 1
+    assert state["ema"]["updates"] == options.steps - 1
+    assert next(iter(state["optimizer"]["state"].values()))["step"] == options.steps - 1
+    assert all(bool(torch.isfinite(value).all()) for value in state["weights"].values())
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert records[6]["grad_norm"] is None, "NaN is not JSON"
+    with pytest.raises(DivergedError):  # the count outlives a restart
+        train(replace(options, steps=14, nan_at=12, resume="auto"))
+
+
+def test_dumps_are_bounded(tmp_path: Path) -> None:
+    trainer = build(Options(directory=str(tmp_path), max_nonfinite_steps=100))
+    batch = make_batch([1, 2])
+    batch = batch._replace(images=batch.images * float("inf"))
+    for step in range(MAX_DUMPS + 2):
+        trainer.faults.handle(trainer.optimizer_step, step, [batch], 3, [])
+    assert len(list(tmp_path.glob("nonfinite_*.pth"))) == MAX_DUMPS
+
+
+def test_processes_stop_together_and_the_guilty_one_keeps_the_batch(tmp_path: Path) -> None:
+    ended = run_processes([Options(directory=str(tmp_path / "run"), nan_at=3, nan_rank=1)], processes=2)
+    assert [e.code for e in ended] == [3, 3], ended
+    errors = "".join(e.errors for e in ended)
+    assert errors.count("error") == 1
+    assert re.search(r"^error: loss or gradient is not finite: step 3 on rank 1: images or targets", errors, re.M)
+    assert [path.name for path in (tmp_path / "run").glob("nonfinite*")] == ["nonfinite_step3_rank1.pth"]
+
+
+class _Spoiled(nn.Module):
+    """A detector in which one layer goes bad in the forward or only in the backward pass."""
+
+    def __init__(self, forward: bool) -> None:
+        super().__init__()
+        self.detector = TinyDetector()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.spoil_forward = forward
+
+    def forward(self, batch: Batch) -> DetectorOutputs:
+        logits, boxes = self.detector(batch).decoder
+        if self.spoil_forward:
+            return DetectorOutputs(type(self.detector(batch).decoder)(logits / 0, boxes), None, None)
+        # 0 forwards; the derivative of the square root at 0 is infinite.
+        return DetectorOutputs(
+            type(self.detector(batch).decoder)(logits + (logits * 0).sqrt() * self.scale, boxes), None, None
+        )
+
+
+def test_diagnosis_tells_forward_from_backward() -> None:
+    def run(model: nn.Module) -> Any:
+        return diagnose(model, criterion, [make_batch([1, 2])], 3, device=CPU, precision="fp32")
+
+    forward, backward, good = run(_Spoiled(True)), run(_Spoiled(False)), run(TinyDetector())
+    assert forward.first_module == "the model"
+    assert forward.bad_terms[0] == "decoder.0/class"
+    assert backward.first_module is None
+    assert not backward.bad_terms
+    assert backward.first_gradient == "detector"
+    assert "detector.class_head.weight" in backward.bad_gradients
+    assert "detector.box_head.weight" not in backward.bad_gradients
+    assert good.is_finite
+    assert good.describe() == "everything was finite when run again"
+    model = TinyDetector()
+    with torch.no_grad():
+        model.box_head.bias[0] = float("inf")
+    assert run(model).bad_weights == ["box_head.bias"]
+
+
+def test_refusing_criterion_becomes_a_non_finite_gradient_everywhere() -> None:
+    """Other processes wait for gradients: an exception on one of them would leave them waiting."""
+
+    def refusing(outputs: DetectorOutputs, targets: Targets, num_targets: float) -> LossOutput:
+        if not bool(torch.isfinite(outputs.decoder.logits).all()):
+            raise ValueError("layer 0 predicts NaN")
+        raise ValueError("a wrong configuration")
+
+    model = TinyDetector()
+    step = OptimizerStep(model, refusing, torch.optim.SGD(model.parameters()), device=CPU)
+    bad = make_batch([1, 2])
+    bad = bad._replace(images=bad.images * float("nan"))
+    norm, _ = step.backward([bad], 3)
+    assert not bool(torch.isfinite(norm))
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+    found = diagnose(model, refusing, [bad], 3, device=CPU, precision="fp32")
+    assert "the criterion says: layer 0 predicts NaN" in found.describe()
+    with pytest.raises(ValueError, match="a wrong configuration"):
+        step.backward([make_batch([1, 2])], 3)
+
+
+def test_infinite_loss_with_finite_gradient_is_noticed() -> None:
+    def infinite(outputs: DetectorOutputs, targets: Targets, num_targets: float) -> LossOutput:
+        total: Tensor = outputs.decoder.logits.sum() + outputs.decoder.boxes.sum() + float("inf")
+        return LossOutput(total, {}, {})
+
+    model = TinyDetector()
+    step = OptimizerStep(model, infinite, torch.optim.SGD(model.parameters()), device=CPU)
+    norm, _ = step.backward([make_batch([1, 2])], 3)
+    assert not bool(torch.isfinite(norm))
+
+
+def test_half_precision_overflow_is_the_scalers_business(tmp_path: Path) -> None:
+    options = Options(directory=str(tmp_path / "run"), precision="fp16")
+    trainer = build(options)
+    Path(options.directory).mkdir()
+    # Beyond what gradients in fp16 can hold.
+    trainer.optimizer_step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    trainer.fit()
+    counters = trainer.faults.counters
+    assert counters["overflows"] > 0
+    assert counters["nonfinite_steps"] == 0
+    assert trainer.optimizer_step.scaler.get_scale() == 2.0 ** (20 - counters["overflows"])
+    assert not list((tmp_path / "run").glob("nonfinite*"))
+
+
+def test_persistent_overflow_in_half_precision_stops(tmp_path: Path) -> None:
+    trainer = build(Options(directory=str(tmp_path), precision="fp16"))
+    step = trainer.optimizer_step
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    batch = make_batch([1, 2])
+    huge = batch._replace(images=batch.images * 1e30)
+    _, losses = step.backward([huge], 3)
+    with pytest.raises(DivergedError):
+        trainer.faults.handle(step, 5, [huge], 3, losses)
