@@ -1,0 +1,133 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import check_data
+
+
+@pytest.fixture
+def dirty(tmp_path):
+    """An image for each finding, and annotations with several faults."""
+    rng = np.random.default_rng(0)
+    images = tmp_path / "images"
+    images.mkdir()
+    content = {"images": [], "annotations": [], "categories": [{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}]}
+
+    def add(name, picture, size=(40, 60), **options):
+        picture.save(images / name, **options)
+        image_id = 10 + 2 * len(content["images"])
+        content["images"].append({"id": image_id, "file_name": name, "height": size[0], "width": size[1]})
+        return image_id
+
+    def picture(height=40, width=60):
+        return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    upright = Image.Exif()
+    upright[0x0112] = 6
+    good = add("good.png", picture())
+    add("palette.png", picture().convert("P"))
+    add("moving.gif", picture(), save_all=True, append_images=[picture()])
+    add("turned.png", picture(), size=(60, 40), exif=upright)
+    add("half.png", picture(20, 30))
+    add("other.png", picture(33, 33))
+    add("broken.png", picture())
+    (images / "broken.png").write_text("broken")
+    add("absent.png", picture())
+    (images / "absent.png").unlink()
+    for index, (box, fields) in enumerate(
+        [
+            ([5, 5, 20, 20], {}),
+            ([5, 5, 0, 20], {}),
+            ([5, 5, float("nan"), 20], {}),
+            ([50, 30, 30, 30], {"category_id": 8}),
+            ([5, 5, 20, 20], {"iscrowd": 1}),
+            ([5, 5, 20, 20], {"category_id": 4}),
+            ([5, 5, 20, 20], {"image_id": 99}),
+        ]
+    ):
+        content["annotations"].append({"id": index, "image_id": good, "category_id": 3, "bbox": box, **fields})
+    path = tmp_path / "dirty.json"
+    path.write_text(json.dumps(content))
+    return images, path
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_everything_dirty_is_counted_with_an_example(dirty, tmp_path, capsys, processes):
+    images, annotations = dirty
+    page = tmp_path / "page.png"
+    arguments = ["--images", str(images), "--annotations", str(annotations), "--page", str(page)]
+    assert check_data.main([*arguments, "--processes", str(processes)]) == 0
+    output = capsys.readouterr().out
+    assert "train: 7 images" in output
+    assert "2 boxes of 2 classes" in output
+    assert "6 images without any" in output
+    assert "cat 1, dog 1" in output
+    for line in (
+        "1 x box of zero or negative size, dropped (annotation 1)",
+        "1 x box with NaN or infinity, dropped (annotation 2)",
+        "1 x box reaching beyond the image, clipped (annotation 3)",
+        "1 x crowd, dropped (annotation 4)",
+        "1 x box of an unknown category, dropped (annotation 5)",
+        "1 x annotation of an unknown image, dropped (annotation 6)",
+        "1 x image listed but absent, skipped (absent.png)",
+        "2 x unreadable image, skipped (",
+        "broken.png: cannot identify image file",
+        "has 33 x 33 pixels, its annotation says 60 x 40",
+        "1 x animation, its first frame is used (moving.gif)",
+        "2 x image in mode P, converted to RGB (palette.png, moving.gif)",
+        "1 x image annotated upright, turned by its EXIF orientation (turned.png)",
+        "1 x image of another size than annotated, boxes scaled (half.png)",
+    ):
+        assert line in output, output
+    with Image.open(page) as picture:
+        assert picture.width == check_data.COLUMNS * check_data.CELL
+        assert len(picture.convert("RGB").getcolors(2**24)) > 1000
+
+
+def test_annotations_alone(dirty, tmp_path, capsys):
+    images, annotations = dirty
+    page = tmp_path / "page.png"
+    arguments = ["--images", str(images), "--annotations", str(annotations), "--page", str(page), "--no-decode"]
+    assert check_data.main(arguments) == 0
+    assert "unreadable" not in capsys.readouterr().out
+    assert not page.exists()
+
+
+def test_a_configuration_is_checked_split_by_split(dirty, tmp_path, capsys):
+    images, annotations = dirty
+    cfg = tmp_path / "run.yaml"
+    split = f"{{images: {images}, annotations: {annotations}, transforms: [TRANSFORM]}}"
+    cfg.write_text(
+        f"data:\n  train: {split.replace('TRANSFORM', '{name: random_flip}')}\n"
+        f"  val: {split.replace('TRANSFORM', '{name: resize, short_side: 32}')}\n"
+    )
+    page = tmp_path / "page.png"
+    assert check_data.main(["--cfg", str(cfg), "--page", str(page), "--processes", "1", "data.batch_size=2"]) == 0
+    output = capsys.readouterr().out
+    assert "train: 7 images" in output
+    assert "val: 8 images" in output
+    assert "3 x unreadable image, its objects count as missed" in output
+    assert page.exists()
+
+
+def test_refusals_are_one_line(tmp_path, dirty, capsys):
+    images, annotations = dirty
+    cases = [
+        ["--images", str(images), "--annotations", str(tmp_path / "gone.json")],
+        ["--images", str(tmp_path), "--annotations", str(annotations)],
+        ["--cfg", str(tmp_path / "gone.yaml")],
+    ]
+    for arguments in cases:
+        assert check_data.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+
+
+def test_one_source_is_needed(capsys):
+    for arguments in ([], ["--images", "x"], ["--cfg", "a", "--images", "b", "--annotations", "c"]):
+        with pytest.raises(SystemExit) as error:
+            check_data.main(arguments)
+        assert error.value.code == 2
