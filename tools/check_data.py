@@ -1,0 +1,162 @@
+"""Says beforehand what is wrong with a data set, and draws a page of samples as training sees them.
+
+python -m tools.check_data --cfg configs/align_dino.yaml [key.path=value ...]
+python -m tools.check_data --images DIR --annotations FILE.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+import config
+from datasets import CleaningReport, CocoConfig, CocoDataset
+from datasets.coco import Sample, SampleKey
+from datasets.images import UnreadableImageError
+from engine.distributed import describe_error
+from ops.boxes import cxcywh_to_xyxy
+
+COLUMNS, CELL, MARGIN = 4, 300, 4
+PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
+USUAL_MODES = ("RGB", "L")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", type=Path, help="configuration whose training and validation data are checked")
+    parser.add_argument("--images", help="directory of images, instead of --cfg")
+    parser.add_argument("--annotations", help="COCO annotation file, instead of --cfg")
+    parser.add_argument("--page", type=Path, default=Path("check_data.png"), help="picture to write (%(default)s)")
+    parser.add_argument("--samples", type=int, default=12, help="images of each split on the page (%(default)s)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that decode images (%(default)s)")
+    parser.add_argument("--no-decode", action="store_true", help="read the annotations only, and no page")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the configuration")
+    options = parser.parse_intermixed_args(arguments)
+    if (options.cfg is None) == (options.images is None) or (options.images is None) != (options.annotations is None):
+        parser.error("give either --cfg, or both --images and --annotations")
+    return options
+
+
+def build_datasets(options: argparse.Namespace) -> dict[str, CocoDataset]:
+    """The data sets by the name of their split."""
+    if options.cfg is None:
+        return {"train": CocoConfig(images=options.images, annotations=options.annotations).build(split="train")}
+    train, val = config.load(options.cfg, options.overrides).data.build_datasets()
+    return {"train": train, "val": val}
+
+
+def describe(split: str, dataset: CocoDataset) -> list[str]:
+    """What is in it."""
+    labels, boxes = dataset.annotations.labels, dataset.annotations.boxes
+    counts = torch.diff(dataset.annotations.box_ends, prepend=torch.zeros(1, dtype=torch.int64))
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+    small, large = int((areas < 32**2).sum()), int((areas >= 96**2).sum())
+    lines = [
+        f"{split}: {len(dataset)} images in {dataset.root}, {len(labels)} boxes of {len(dataset.categories)} classes",
+        f"  boxes per image: {float(counts.float().mean()):.1f} on average, at most {int(counts.max())}; "
+        f"{int((counts == 0).sum())} images without any",
+        f"  box areas: {small} below 32 x 32 pixels, {len(areas) - small - large} between, {large} from 96 x 96",
+    ]
+    per_class = torch.bincount(labels, minlength=len(dataset.categories)).tolist()
+    named = [f"{category.name} {count}" for category, count in zip(dataset.categories, per_class, strict=True)]
+    return [*lines, f"  boxes of each class: {', '.join(named)}"]
+
+
+def inspect_image(dataset: CocoDataset, index: int) -> list[tuple[str, str]]:
+    """(finding, where) of one image file."""
+    name = dataset.annotations.file_name(index)
+    try:
+        image, _, _, annotated = dataset.load(index)
+    except UnreadableImageError as error:
+        consequence = "skipped" if dataset.training else "its objects count as missed"
+        return [(f"unreadable image, {consequence}", str(error))]
+    findings = []
+    with Image.open(dataset.image_path(index)) as picture:
+        if picture.mode not in USUAL_MODES:
+            findings.append((f"image in mode {picture.mode}, converted to RGB", name))
+        if getattr(picture, "n_frames", 1) > 1:
+            findings.append(("animation, its first frame is used", name))
+        if (picture.height, picture.width) != tuple(image.shape[1:]):
+            findings.append(("image annotated upright, turned by its EXIF orientation", name))
+    if tuple(image.shape[1:]) != annotated:
+        findings.append(("image of another size than annotated, boxes scaled", name))
+    return findings
+
+
+def inspect_images(dataset: CocoDataset, processes: int) -> CleaningReport:
+    """Decodes every image."""
+    report = CleaningReport()
+    inspect = partial(inspect_image, dataset)
+    if processes > 1:
+        with multiprocessing.Pool(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            results = pool.map(inspect, range(len(dataset)), chunksize=32)
+    else:
+        results = [inspect(index) for index in range(len(dataset))]
+    for findings in results:
+        for finding, where in findings:
+            report.add(finding, where)
+    return report
+
+
+def draw_sample(sample: Sample, names: Sequence[str]) -> Image.Image:
+    """A square cell: the image as the model gets it, its boxes and their classes."""
+    picture = Image.fromarray(sample.image.permute(1, 2, 0).contiguous().numpy())
+    scale = (CELL - MARGIN) / max(picture.size)
+    picture = picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))
+    draw = ImageDraw.Draw(picture)
+    size = torch.tensor([picture.width, picture.height] * 2)
+    for box, label in zip((cxcywh_to_xyxy(sample.boxes) * size).tolist(), sample.labels.tolist(), strict=True):
+        colour = PALETTE[label % len(PALETTE)]
+        draw.rectangle(box, outline=colour)
+        draw.text((box[0] + 2, box[1] + 1), names[label], fill=colour, stroke_width=1, stroke_fill="black")
+    cell = Image.new("RGB", (CELL, CELL), "#303030")
+    cell.paste(picture, (MARGIN // 2, MARGIN // 2))
+    ImageDraw.Draw(cell).text((MARGIN, CELL - 16), f"image {sample.image_id}", fill="white")
+    return cell
+
+
+def draw_page(path: Path, datasets: dict[str, CocoDataset], samples: int) -> None:
+    """Images from all over each split, augmented as configured, split after split."""
+    cells = []
+    for dataset in datasets.values():
+        names = [category.name for category in dataset.categories]
+        chosen = torch.linspace(0, len(dataset) - 1, min(samples, len(dataset))).round().int().tolist()
+        loaded = [dataset[SampleKey(index, seed)].sample for seed, index in enumerate(chosen)]
+        cells += [draw_sample(sample, names) for sample in loaded if sample is not None]
+        cells += [Image.new("RGB", (CELL, CELL), "#303030")] * (-len(cells) % COLUMNS)
+    page = Image.new("RGB", (COLUMNS * CELL, max(len(cells) // COLUMNS, 1) * CELL))
+    for place, cell in enumerate(cells):
+        page.paste(cell, (place % COLUMNS * CELL, place // COLUMNS * CELL))
+    page.save(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; 0: usable (whatever was found), 2: training would refuse it."""
+    options = parse_arguments(arguments)
+    try:
+        datasets = build_datasets(options)
+        for split, dataset in datasets.items():
+            print("\n".join(describe(split, dataset)))
+            findings = dataset.report.lines()
+            if not options.no_decode:
+                findings += inspect_images(dataset, options.processes).lines()
+            print("\n".join(f"  {line}" for line in findings or ["nothing to complain about"]))
+        if not options.no_decode:
+            draw_page(options.page, datasets, options.samples)
+            print(f"samples: {options.page}")
+    except (ValueError, OSError) as error:
+        print(f"error: {describe_error(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
