@@ -71,6 +71,9 @@ def make_plan(sweep: Sweep, out: Path, decode: Decode) -> Plan:
         for variant, settings in variants
         for chosen in combinations(sweep.grid)
     ]
+    # One seed of everything before the next: an unfinished sweep can then be compared already.
+    seeds = sweep.grid.get("seed", [])
+    rows.sort(key=lambda row: seeds.index(row[1]["seed"]) if seeds else 0)
     names = _names([(variant, chosen) for variant, chosen, _ in rows])
     runs = tuple(
         PlannedRun(name, variant, tuple(f"{key}={value}" for key, value in overrides.items()))
@@ -138,7 +141,7 @@ def _names(rows: Sequence[tuple[str | None, Mapping[str, str]]]) -> list[str]:
     for variant, chosen in rows:
         parts = [variant] if variant is not None else []
         parts += [f"{short[key]}-{value}" for key, value in chosen.items()]
-        cleaned = [re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-") for part in parts]
+        cleaned = [re.sub(r"[^A-Za-z0-9_.+-]+", "-", part).strip("-") for part in parts]
         names.append("_".join(cleaned) or "run")
     times = Counter(names)
     for i, (variant, chosen) in enumerate(rows):
