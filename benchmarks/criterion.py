@@ -1,0 +1,134 @@
+"""Matching and criterion, forward and backward, against the straightforward per-layer implementation of the tests.
+
+    python -m benchmarks.criterion [--threads 2] [--repeats 10] [--output results.json]
+
+Prints milliseconds and ratios at L = 6 + encoder, B = 2, Q = 900, C = 80 for several numbers of targets G and
+candidates k, the share of matching, and how time and memory grow with G where images are crowded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from losses import IABCE, CriterionConfig
+from matchers import Mixed
+from structures import DetectorOutputs, Prediction, Targets
+from tests.losses import criterion_oracle
+from tests.losses.criterion_cases import make_outputs
+
+TAU = 1.5
+COMPARED = ((7, 1), (7, 2), (7, 4), (30, 2), (100, 1), (100, 2), (100, 4))
+"""(targets an image, candidates) at two images."""
+CROWDED = ((1, 1000, 1), (8, 300, 1), (8, 300, 2), (8, 300, 3))
+"""(images, targets an image, candidates), measured without the oracle."""
+
+
+def milliseconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Shortest time of each call, which other work on the machine disturbs least; in turn, so that all share it."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat:  # the first warms up
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: min(measured) for name, measured in times.items()}
+
+
+def case(images: int, targets: int) -> tuple[DetectorOutputs, Targets]:
+    """A published-size output, in the middle of training: two queries of each target lie near it, others anywhere."""
+    outputs, ground_truth = make_outputs(
+        0, (targets,) * images, num_layers=6, num_queries=900, num_classes=80, denoising=False
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for image, (labels, boxes) in enumerate(ground_truth.split()):
+            near = torch.randperm(900, generator=generator)[: 2 * targets]
+            owner = torch.arange(len(near)) % targets
+            for prediction in (outputs.decoder, outputs.encoder):
+                assert prediction is not None
+                noise = 0.02 * torch.randn(*prediction.boxes.shape[:-3], len(near), 4, generator=generator)
+                prediction.boxes[..., image, near, :] = (boxes[owner] + noise).clamp(0.01, 0.99)
+                prediction.logits[..., image, near, labels[owner]] += 3
+    return outputs, ground_truth
+
+
+def compare(targets: int, candidates: int, repeats: int) -> dict[str, float]:
+    outputs, ground_truth = case(2, targets)
+    assert outputs.encoder is not None
+    leaves = [*outputs.decoder, *outputs.encoder]
+    matcher = Mixed(candidates=candidates)
+    config = CriterionConfig(classification=IABCE(), matcher=matcher, prime_sample_tau=TAU)
+    layers = list(matcher.layer_candidates(7))
+    stacked = {"encoder": Prediction(*(part[None] for part in outputs.encoder)), "decoder": outputs.decoder}
+
+    def ours() -> None:
+        torch.autograd.grad(config(outputs, ground_truth).total, leaves)
+
+    def oracle() -> None:
+        total, _ = criterion_oracle.criterion(outputs, ground_truth, "ia_bce", layers, TAU)
+        torch.autograd.grad(total, leaves)
+
+    times = milliseconds(
+        {"ours_ms": ours, "matching_ms": lambda: matcher.match(stacked, ground_truth), "oracle_ms": oracle}, repeats
+    )
+    return {"targets": targets, "candidates": candidates, **times, "ratio": times["oracle_ms"] / times["ours_ms"]}
+
+
+def crowded(images: int, targets: int, candidates: int, repeats: int) -> dict[str, float]:
+    outputs, ground_truth = case(images, targets)
+    assert outputs.encoder is not None
+    leaves = [*outputs.decoder, *outputs.encoder]
+    config = CriterionConfig(classification=IABCE(), matcher=Mixed(candidates=candidates), prime_sample_tau=TAU)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = milliseconds(
+        {"ours_ms": lambda: torch.autograd.grad(config(outputs, ground_truth).total, leaves)}, max(2, repeats // 4)
+    )
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"images": images, "targets": targets, "candidates": candidates, **times, "peak_growth_mib": grown}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--repeats", type=int, default=12, help="timed calls (default 12)")
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON, with device and date")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    print(f"L = 6 + encoder, B = 2, Q = 900, C = 80, IA-BCE, tau {TAU}, {arguments.threads} threads")
+    print("milliseconds, forward and backward")
+    print(f"{'targets':>8}{'k':>4}{'ours':>9}{'matching':>10}{'oracle':>9}{'ratio':>8}")
+    compared = []
+    for targets, candidates in COMPARED:
+        row = compare(targets, candidates, arguments.repeats)
+        compared.append(row)
+        print(f"{targets:8d}{candidates:4d}{row['ours_ms']:9.1f}{row['matching_ms']:10.1f}{row['oracle_ms']:9.1f}"
+              f"{row['ratio']:7.1f}x", flush=True)  # fmt: skip
+    print(f"\ncrowded images\n{'images':>8}{'targets':>9}{'k':>4}{'ours':>10}{'peak memory':>14}")
+    large = []
+    for images, targets, candidates in CROWDED:
+        row = crowded(images, targets, candidates, arguments.repeats)
+        large.append(row)
+        print(
+            f"{images:8d}{targets:9d}{candidates:4d}{row['ours_ms']:10.1f}{row['peak_growth_mib']:+10.0f} MiB",
+            flush=True,
+        )
+    if arguments.output:
+        device = f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}"
+        report = {"benchmark": "criterion", "device": device, "date": datetime.date.today().isoformat(),
+                  "compared": compared, "crowded": large}  # fmt: skip
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+import pytest
+import torch
+from torchvision.ops import box_iou, generalized_box_iou
+
+from ops.boxes import AREA_EPSILON, cxcywh_to_xyxy, paired_giou, paired_iou, xyxy_to_cxcywh
+
+
+def some_boxes(seed, *shape, dtype=torch.float64):
+    """Random xyxy boxes, some far apart, some nested."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.rand(*shape, 2, generator=generator, dtype=dtype)
+    centre = 2 * torch.rand(*shape, 2, generator=generator, dtype=dtype)
+    return torch.cat((centre - size / 2, centre + size / 2), -1)
+
+
+def test_conversions_are_inverse_and_keep_leading_dimensions():
+    boxes = some_boxes(0, 3, 5)
+    centred = xyxy_to_cxcywh(boxes)
+    assert centred.shape == (3, 5, 4)
+    torch.testing.assert_close(cxcywh_to_xyxy(centred), boxes)
+
+
+def test_conversion_of_a_known_box():
+    assert cxcywh_to_xyxy(torch.tensor([0.5, 0.4, 0.2, 0.6])).tolist() == pytest.approx([0.4, 0.1, 0.6, 0.7])
+    assert xyxy_to_cxcywh(torch.tensor([1.0, 2.0, 5.0, 10.0])).tolist() == [3, 6, 4, 8]
+
+
+def test_paired_overlaps_are_the_diagonal_of_all_pairs():
+    boxes, others = some_boxes(1, 50), some_boxes(2, 50)
+    torch.testing.assert_close(paired_iou(boxes, others, epsilon=0), box_iou(boxes, others).diag())
+    torch.testing.assert_close(paired_giou(boxes, others, epsilon=0), generalized_box_iou(boxes, others).diag())
+
+
+def test_epsilon_is_added_to_the_divisors():
+    unit, shifted = torch.tensor([0.0, 0, 1, 1]), torch.tensor([2.0, 0, 3, 1])
+    half = torch.tensor([0.0, 0, 0.5, 1])
+    assert paired_iou(unit, half, epsilon=1.0).item() == pytest.approx(0.5 / 2)
+    assert paired_giou(unit, shifted, epsilon=1.0).item() == pytest.approx(-(3 - 2) / (3 + 1))
+    assert paired_iou(unit, half).item() == pytest.approx(0.5 / (1 + AREA_EPSILON), rel=1e-7)
+
+
+@pytest.mark.parametrize("overlap", [paired_iou, paired_giou])
+def test_empty_boxes_have_finite_overlaps_and_gradients(overlap):
+    boxes = torch.zeros(2, 4, requires_grad=True)
+    others = torch.tensor([[0.0, 0, 0, 0], [0, 0, 1, 1]])
+    values = overlap(boxes, others)
+    values.sum().backward()
+    assert values.isfinite().all()
+    assert boxes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("overlap", [paired_iou, paired_giou])
+def test_gradients(overlap):
+    boxes, others = some_boxes(3, 6).requires_grad_(), some_boxes(4, 6).requires_grad_()
+    assert torch.autograd.gradcheck(overlap, (boxes, others))
