@@ -74,12 +74,11 @@ def read_image(path: Path | str, stated_size: tuple[int, int] = (0, 0)) -> Tenso
                 if picture.width * picture.height > MAX_PIXELS:
                     raise ValueError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS}")
                 pixels = _to_rgb(picture)
-                orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
+                if pixels.shape[:2] != stated_size and pixels.shape[:2] == stated_size[::-1]:
+                    turn = _TURNED.get(picture.getexif().get(_EXIF_ORIENTATION, 1))
+                    pixels = pixels if turn is None else np.ascontiguousarray(turn(pixels))
     except _DECODER_ERRORS as error:
         raise UnreadableImageError(_reason(path, error)) from error
-    stored = pixels.shape[:2]
-    if stored != stated_size and stored == stated_size[::-1] and orientation in _TURNED:
-        pixels = np.ascontiguousarray(_TURNED[orientation](pixels))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

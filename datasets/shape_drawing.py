@@ -15,7 +15,7 @@ NAMES = ("disc", "square", "triangle", "star", "cross", "ring")
 """Kinds of shapes; a label is an index into them."""
 
 _SUPERSAMPLING = 4
-_MIN_VISIBLE = 0.4
+_MIN_VISIBLE = 0.5
 """An object is placed only if this share of it, and of every object below it, stays in sight."""
 _PLACEMENT_TRIES = 12
 
@@ -180,8 +180,8 @@ def _background(size: int, rng: np.random.Generator) -> Pixels:
     """[size, size, 3] float32: smooth colour, lines, arcs and soft blobs, none of which is an object."""
     colour = np.clip(
         _colour(rng)
-        + _smooth_noise(size, int(rng.integers(3, 6)), 0.5, rng)
-        + _smooth_noise(size, int(rng.integers(12, 32)), 0.25, rng),
+        + _smooth_noise(size, int(rng.integers(3, 6)), 0.3, rng)
+        + _smooth_noise(size, int(rng.integers(12, 32)), 0.12, rng),
         0,
         255,
     )
@@ -193,10 +193,10 @@ def _background(size: int, rng: np.random.Generator) -> Pixels:
         draw.ellipse((x - radius, y - 0.6 * radius, x + radius, y + 0.6 * radius), fill=_int_colour(rng))
     picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(2.5, 4.0))))
     draw = ImageDraw.Draw(picture)
-    for _ in range(int(rng.integers(2, 14))):
+    for _ in range(int(rng.integers(1, 8))):
         ends = rng.uniform(-0.1 * size, 1.1 * size, 4)
         draw.line(tuple(ends), fill=_int_colour(rng), width=int(rng.integers(1, 3)))
-    for _ in range(int(rng.integers(0, 5))):
+    for _ in range(int(rng.integers(0, 4))):
         x, y = rng.uniform(0, size, 2)
         radius = rng.uniform(4, size / 5)
         start = rng.uniform(0, 360)
@@ -213,7 +213,7 @@ def _int_colour(rng: np.random.Generator) -> tuple[int, int, int]:
 
 def _texture(height: int, width: int, base: Pixels, rng: np.random.Generator) -> Pixels:
     """[height, width, 3] surface of an object: plain, shaded, striped, chequered or dotted around ``base``."""
-    other = np.clip(base + rng.choice([-1.0, 1.0]) * rng.uniform(30, 80, 3), 0, 255)
+    other = np.clip(base + rng.choice([-1.0, 1.0]) * rng.uniform(25, 60, 3), 0, 255)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     angle = rng.uniform(0, math.pi)
     along = x * math.cos(angle) + y * math.sin(angle)
@@ -237,8 +237,8 @@ def _surface_colour(background: Pixels, alpha: Pixels, rng: np.random.Generator)
     """A colour that stands out from what lies below (an object nobody can see teaches nothing)."""
     below = (background * alpha[..., None]).sum(axis=(0, 1)) / alpha.sum()
     colour = _colour(rng)
-    for _ in range(20):
-        if np.abs(colour - below).max() > 60:
+    for _ in range(40):
+        if np.abs(colour - below).max() > 90:
             break
         colour = _colour(rng)
     return colour
@@ -254,5 +254,5 @@ def draw_image(scene: Scene, rng: np.random.Generator) -> tuple[NDArray[np.uint8
         surface = _texture(height, width, _surface_colour(region, item.alpha, rng), rng)
         region += item.alpha[..., None] * (surface - region)
     picture = picture * rng.uniform(0.8, 1.15) + rng.uniform(-12, 12)
-    picture += rng.standard_normal(picture.shape, dtype=np.float32) * rng.uniform(2, 9)
+    picture += rng.standard_normal(picture.shape, dtype=np.float32) * rng.uniform(1, 6)
     return np.clip(picture, 0, 255).astype(np.uint8), [item.drawn for item in placed]

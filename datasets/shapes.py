@@ -28,7 +28,7 @@ SPLITS = ("train", "val")
 SETTINGS_FILE = "shapes.json"
 """Appears when the data set is complete."""
 _UNFINISHED_FILE = "shapes.unfinished.json"
-_FORMAT = 1
+_FORMAT = 2
 """Raised whenever the drawing changes, so that an old data set is not taken for a new one."""
 
 
