@@ -1,0 +1,54 @@
+"""What misalignment costs, on images small enough to compute AP by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from analysis.matching import ImageDetections, ImageObjects
+from analysis.oracle import best_matches, oracle_gap
+
+BOX = [0.0, 0.0, 100.0, 100.0]
+
+
+def objects(*boxes, labels=None) -> ImageObjects:
+    array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    labels = np.array([0] * len(boxes) if labels is None else labels)
+    return ImageObjects(labels, array, np.full(len(boxes), 1e4), np.zeros(len(boxes), dtype=bool))
+
+
+def detections(*rows) -> ImageDetections:
+    """(score, label, height): boxes from the top of the object, whose IoU is height / 100."""
+    boxes = [[0.0, 0.0, 100.0, height] for _, _, height in rows]
+    return ImageDetections(np.array([r[0] for r in rows]), np.array([r[1] for r in rows]), np.array(boxes))
+
+
+def test_a_confident_bad_box_before_a_good_one():
+    # As it is: up to IoU 0.60 the first one is right: AP 1. From 0.65 on it is wrong and comes first: AP 1/2.
+    found = detections((0.9, 0, 62), (0.5, 0, 100))
+    gap = oracle_gap([objects(BOX)], [found], 1)
+    assert gap.as_is == pytest.approx(100 * (3 * 1 + 7 * 0.5) / 10)
+    # The good one is matched, gets score 1 and comes first.
+    assert gap.aligned == pytest.approx(100)
+    assert gap.suppressed == pytest.approx(100)
+
+
+def test_a_confident_false_one_remains_unless_it_is_suppressed():
+    # IoU 0.7 counts at 5 of 10 thresholds; rescored to 0.7 it comes after the false one with 0.9.
+    found = detections((0.95, 0, 70), (0.9, 0, 0))
+    gap = oracle_gap([objects(BOX)], [found], 1)
+    assert (gap.as_is, gap.aligned, gap.suppressed) == pytest.approx((50, 25, 50))
+
+
+def test_matches_are_one_to_one_within_a_class():
+    found = detections((0.9, 0, 80), (0.8, 0, 90), (0.7, 1, 95), (0.6, 0, 0))
+    matched, iou = best_matches(objects(BOX, [0, 0, 100, 70], labels=[0, 0]), found)
+    # 0.80 → second (70/80) and 0.90 → first is the largest sum; the other class and the empty box match nothing.
+    assert matched.tolist() == [1, 0, -1, -1]
+    np.testing.assert_allclose(iou, [70 / 80, 0.9, 0, 0])
+
+
+def test_perfectly_aligned_scores_leave_no_gap():
+    found = [detections((0.8, 0, 80)), detections((0.6, 0, 60)), detections((0.95, 0, 95))]
+    gap = oracle_gap([objects(BOX)] * 3, found, 1)
+    assert gap.aligned == pytest.approx(gap.as_is)

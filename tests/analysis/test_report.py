@@ -1,0 +1,104 @@
+"""The whole report, its JSON and its figures, from constructed observations."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from analysis.figures import draw_all
+from analysis.matching import ImageDetections, ImageObjects
+from analysis.pages import LookingQuery, Picture, draw_sampling, draw_worst, errors_of_kind, worst_images
+from analysis.report import Report, as_json, make_report, observe, scalars
+
+NAMES = ("disc", "star")
+METRICS = {"AP": 40.0, "AP50": 60.0, "AP75": 42.0, "APs": None, "APm": 30.0, "APl": 55.0}
+
+
+def observations(aligned: bool):
+    """Six images with one object, its query right but unsure and another one wrong but sure; one without objects."""
+    box = np.array([[10, 10, 60, 60.0]])
+    found = []
+    for i in range(6):
+        objects = ImageObjects(np.array([i % 2]), box, np.array([2500.0]), np.array([False]))
+        boxes = np.array([[10, 10, 60, 55.0], [10, 10, 60, 45.0], [0, 0, 0, 0]])
+        scores = np.full((3, 2), 0.01)
+        scores[0, i % 2], scores[1, i % 2] = (0.9, 0.7) if aligned else (0.4, 0.8)
+        detections = ImageDetections(scores[:2, i % 2], np.full(2, i % 2), boxes[:2])
+        found.append(observe(i, objects, detections, scores, boxes))
+    nothing = ImageObjects(np.empty(0, dtype=np.int64), np.empty((0, 4)), np.empty(0), np.empty(0, dtype=bool))
+    found.append(observe(6, nothing, ImageDetections(np.array([0.6]), np.array([0]), box), scores, boxes))
+    return found
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[Report]:
+    return [make_report(name, observations(name == "aligned"), NAMES, METRICS, 0.3) for name in ("sure", "aligned")]
+
+
+def test_the_numbers_of_the_report(reports):
+    sure, aligned = (as_json(report) for report in reports)
+    assert sure["best_regressed"]["recall"]["N"]["IoU>=0"] == 0.0
+    assert sure["best_regressed"]["recall"]["2N"]["IoU>=0"] == 1.0
+    assert aligned["best_regressed"]["recall"]["N"]["IoU>=0.9"] == 1.0
+    assert sure["best_regressed"]["recall_by_size"]["N"] == {"all": 0.0, "small": None, "medium": 0.0, "large": None}
+    assert sure["best_regressed"]["targets"] == sure["best_regressed"]["with_overlap"] == 6
+    # The best-regressed query has IoU 0.9, the other one 0.7.
+    assert sure["misalignment"]["best_regressed"]["mean_iou"] == pytest.approx(0.9)
+    assert sure["misalignment"]["most_confident"]["mean_iou"] == pytest.approx(0.7)
+    assert sure["misalignment"]["most_confident"]["calibration_error"] == pytest.approx(0.1)
+    assert sure["oracle"]["aligned"] == pytest.approx(aligned["oracle"]["aligned"])
+    # Class 1 (no false detection): sure boxes of IoU 0.7 come first, right at 5 of 10 thresholds; of the others the
+    # better boxes are right at 4 more, after as many wrong ones.
+    assert np.mean(list(sure["average_precision_by_class"]["star"].values())) == pytest.approx(
+        100 * (5 * 1 + 4 * 0.5) / 10
+    )
+    assert sure["errors"]["counts"]["duplicate"] == 6
+    assert sure["errors"]["counts"]["background"] == 1
+    assert len(sure["precision_recall"]["0.50"]) == 101
+    json.dumps(sure, allow_nan=False)
+
+
+def test_scalars_are_finite_and_named(reports):
+    values = scalars(reports[0])
+    assert values["best_regressed_recall/2N/IoU>=0"] == 1.0
+    assert values["oracle/as_is"] == pytest.approx(reports[0].oracle.as_is)
+    assert "best_regressed/spearman" not in values  # all scores are equal
+    assert np.isfinite(list(values.values())).all()
+
+
+def test_figures_of_one_and_of_two_reports(reports, tmp_path):
+    for some in (reports[:1], reports):
+        for path in draw_all(tmp_path, some):
+            with Image.open(path) as image:
+                width, height = image.size
+                assert min(width, height) > 400
+                assert len(set(image.convert("L").resize((40, 40)).getdata())) > 10, f"{path.name} is empty"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_worst_images_are_those_with_the_surest_errors(reports):
+    errors = reports[0].image_errors
+    background, missed = 4, 5
+    assert worst_images(errors, background, 3, 0.3) == [6]
+    assert worst_images(errors, background, 3, 0.7) == []
+    assert worst_images(errors, missed, 3, 0.3) == []
+    duplicate = 3
+    assert worst_images(errors, duplicate, 2, 0.3) == [0, 1]
+    assert errors_of_kind(errors[0], duplicate, 0.3).tolist() == [1]
+
+
+def test_pages(reports, tmp_path):
+    picture = Picture(np.full((32, 32, 3), 90, dtype=np.uint8), (64, 64))
+    objects = [observation.objects for observation in observations(True)]
+    draw_worst(tmp_path / "worst.png", reports, objects, lambda index: picture, 0.3, count=2)
+    query = LookingQuery(
+        "disc 0.9", np.array([10, 10, 60, 55.0]), np.array([12, 12, 58, 50.0]),
+        np.random.default_rng(0).uniform(0, 64, (2, 3, 4, 2)), np.full((2, 3, 4), 1 / 12),
+    )  # fmt: skip
+    draw_sampling(tmp_path / "sampling.png", [("one", picture, [query, query]), ("two", picture, [query])])
+    for name in ("worst.png", "sampling.png"):
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 400
