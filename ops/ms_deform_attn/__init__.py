@@ -19,7 +19,7 @@ from ops.ms_deform_attn.backends import (
     set_default_backend,
 )
 from ops.ms_deform_attn.checks import check_fused, check_unfused, check_value
-from ops.ms_deform_attn.library import autocast_value, ms_deform_attn_op
+from ops.ms_deform_attn.library import KERNELS, autocast_value, ms_deform_attn_op
 
 __all__ = [
     "BackendName",
@@ -56,10 +56,10 @@ def ms_deform_attn(
     """
     shapes = check_value(value, spatial_shapes)
     check_unfused(value, len(shapes), sampling_locations, attention_weights)
-    chosen = _choose(backend, value)
+    flat = [size for shape in shapes for size in shape]
+    chosen = _choose(backend, value, flat, sampling_locations)
     if chosen == "reference":
         return _reference.ms_deform_attn(autocast_value(value), shapes, sampling_locations, attention_weights)
-    flat = [size for shape in shapes for size in shape]
     return ms_deform_attn_op(value, flat, None, None, sampling_locations, attention_weights, chosen)
 
 
@@ -95,18 +95,23 @@ def fused_ms_deform_attn(
     """
     shapes = check_value(value, spatial_shapes)
     check_fused(value, len(shapes), valid_sizes, reference, sampling_offsets, weight_logits)
-    chosen = _choose(backend, value)
+    flat = [size for shape in shapes for size in shape]
+    chosen = _choose(backend, value, flat, sampling_offsets)
     if chosen == "reference":
         return _reference.fused_ms_deform_attn(
             autocast_value(value), shapes, valid_sizes, reference, sampling_offsets, weight_logits
         )
-    flat = [size for shape in shapes for size in shape]
     logits = weight_logits.reshape(sampling_offsets.shape[:-1])
     return ms_deform_attn_op(value, flat, valid_sizes, reference, sampling_offsets, logits, chosen)
 
 
-def _choose(backend: str, value: Tensor) -> str:
+def _choose(backend: str, value: Tensor, spatial_shapes: Sequence[int], samples: Tensor) -> str:
     """The implementation for this call; exported programs hold plain PyTorch operations only."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "reference"
-    return resolve(backend, value.device.type, value.dtype == torch.float64)
+    chosen = resolve(backend, value.device.type, value.dtype == torch.float64)
+    if chosen == "reference" or KERNELS[chosen].supports(value, spatial_shapes, samples):
+        return chosen
+    if backend == "auto":
+        return "reference"
+    raise ValueError(f"backend {backend!r} of ms_deform_attn has no room for value {list(value.shape)} at these sizes")

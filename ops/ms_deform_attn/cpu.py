@@ -114,8 +114,8 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def supports(value: Tensor) -> bool:
-    """Whether the kernels can index ``value``."""
+def supports(value: Tensor, spatial_shapes: Sequence[int], samples: Tensor) -> bool:
+    """Whether the kernels can index these tensors."""
     return value.shape[1] <= MAX_PIXELS
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ops.ms_deform_attn import cpu, cuda
 
-_KERNELS = {"cpu": cpu, "cuda": cuda}
+KERNELS = {"cpu": cpu, "cuda": cuda}
 
 
 @torch.library.custom_op("align_detr::ms_deform_attn", mutates_args=())
@@ -27,7 +27,7 @@ def ms_deform_attn_op(
     backend: str,
 ) -> Tensor:
     """[B, Q, H*D]; ``spatial_shapes`` is flat, ``samples`` are offsets or locations, ``weights`` logits or weights."""
-    return _KERNELS[backend].forward(value, spatial_shapes, valid_sizes, reference, samples, weights)
+    return KERNELS[backend].forward(value, spatial_shapes, valid_sizes, reference, samples, weights)
 
 
 @torch.library.custom_op("align_detr::ms_deform_attn_backward", mutates_args=())
@@ -43,7 +43,7 @@ def ms_deform_attn_backward_op(
     needs_reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of value, reference (empty unless needed), samples and weights."""
-    grad_value, grad_reference, grad_samples, grad_weights = _KERNELS[backend].backward(
+    grad_value, grad_reference, grad_samples, grad_weights = KERNELS[backend].backward(
         grad_output, value, spatial_shapes, valid_sizes, reference, samples, weights, needs_reference
     )
     if grad_reference is None:

@@ -1,0 +1,334 @@
+"""Times multi-scale deformable attention at DINO's sizes, for every backend and peer that works on this machine.
+
+    python -m benchmarks.ms_deform_attn [--device cuda] [--dtype bfloat16] [--peer package.module:function]
+
+All implementations take turns in one run, so that their ratios hold on a machine that others use too; a time is the
+best of the rounds. On a GPU it is that of a replayed CUDA graph. Results go to benchmarks/results/ as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops.ms_deform_attn import available_backends, describe_backend, fused_ms_deform_attn, ms_deform_attn
+
+SHAPES = [(100, 167), (50, 84), (25, 42), (13, 21)]
+"""Levels of an 800 x 1333 image at strides 8 to 64."""
+HEADS, CHANNELS, POINTS, DECODER_QUERIES = 8, 32, 4, 1100
+CASES = ("encoder, grid", "encoder, uniform", "decoder")
+GRAPH_CALLS = 10
+RESULTS = Path(__file__).parent / "results"
+L1_BYTES_PER_CLOCK = 128
+"""Of one multiprocessor, every architecture since Volta."""
+
+FILLING: Any = torch.utils.deterministic
+"""A module whose switch type checkers do not know."""
+
+
+class Inputs(NamedTuple):
+    """Arguments of the fused form, and the same samples for the unfused one."""
+
+    value: Tensor
+    valid_sizes: Tensor
+    reference: Tensor
+    offsets: Tensor
+    logits: Tensor
+    locations: Tensor
+    weights: Tensor
+
+    def to(self, dtype: torch.dtype, device: str | torch.device) -> Inputs:
+        """Value in ``dtype``, the rest in float32 or float64; all but sizes and reference collect gradients."""
+        other = torch.float64 if dtype == torch.float64 else torch.float32
+        moved = [t.to(device) if t is self.valid_sizes else t.to(device, other) for t in self]
+        moved[0] = self.value.to(device, dtype)
+        for i in (0, 3, 4, 5, 6):
+            moved[i] = moved[i].detach().requires_grad_()
+        return Inputs(*moved)
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    case: str
+    form: str
+    implementation: str
+    dtype: str
+    forward_ms: float
+    both_ms: float
+    forward_ratio: float
+    both_ratio: float
+    tap_gb_per_s: float
+    floor_share: float | None
+    output_error: float
+    gradient_error: float
+
+
+def make_inputs(case: str) -> Inputs:
+    """Float32 inputs of batch size 1: offsets of about two pixels around grid points, uniform points, or boxes."""
+    generator = torch.Generator().manual_seed(0)
+    S, L = sum(h * w for h, w in SHAPES), len(SHAPES)
+    if case == "encoder, grid":
+        axes = [((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w) for h, w in SHAPES]
+        grids = [torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flip(-1).flatten(0, 1) for y, x in axes]
+        reference = torch.cat(grids)[None]
+    elif case == "encoder, uniform":
+        reference = torch.rand(1, S, 2, generator=generator)
+    else:
+        reference = torch.rand(1, DECODER_QUERIES, 4, generator=generator) * 0.5 + 0.1
+    Q = reference.shape[1]
+    value = torch.randn(1, S, HEADS, CHANNELS, generator=generator)
+    offsets = 2 * torch.randn(1, Q, HEADS, L, POINTS, 2, generator=generator)
+    logits = torch.randn(1, Q, HEADS, L, POINTS, generator=generator)
+    valid_sizes = torch.tensor(SHAPES)[None]
+    sizes = torch.tensor([(w, h) for h, w in SHAPES])[:, None]
+    spread = reference[:, :, None, None, None]
+    if reference.shape[-1] == 2:
+        locations = spread + offsets / sizes
+    else:
+        locations = spread[..., :2] + offsets / POINTS * spread[..., 2:] * 0.5
+    return Inputs(
+        value, valid_sizes, reference, offsets, logits, locations, logits.flatten(3).softmax(-1).view(logits.shape)
+    )
+
+
+def ours(form: str, backend: str) -> Callable[[Inputs], Tensor]:
+    """A backend of this project."""
+    if form == "fused":
+        return lambda x: fused_ms_deform_attn(
+            x.value, SHAPES, x.valid_sizes, x.reference, x.offsets, x.logits, backend=backend
+        )
+    return lambda x: ms_deform_attn(x.value, SHAPES, x.locations, x.weights, backend=backend)
+
+
+class Deterministic:
+    """A run under ``torch.use_deterministic_algorithms``, without its filling of new tensors."""
+
+    def __init__(self, run: Callable[[Inputs], Tensor]) -> None:
+        self.run = run
+
+    def __call__(self, x: Inputs) -> Tensor:
+        """As the run itself: forwards are deterministic anyway."""
+        return self.run(x)
+
+    def __enter__(self) -> None:
+        self.before = torch.are_deterministic_algorithms_enabled(), FILLING.fill_uninitialized_memory
+        FILLING.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True)
+
+    def __exit__(self, *error: object) -> None:
+        enabled, FILLING.fill_uninitialized_memory = self.before
+        torch.use_deterministic_algorithms(enabled)
+
+
+def peers(names: list[str], device: str) -> dict[str, Callable[[Inputs], Tensor]]:
+    """Other implementations of the unfused form: f(value, shapes, level starts, locations, weights)."""
+    shapes = torch.tensor(SHAPES, device=device)
+    starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+    functions: dict[str, Callable[..., Tensor]] = {}
+    if device == "cuda":
+        try:
+            extension = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
+            apply = extension.MultiScaleDeformableAttnFunction.apply
+            functions["mmcv"] = lambda *arguments: apply(*arguments, 64)
+        except ImportError:
+            pass  # a peer that is not installed is not measured
+    for name in names:
+        module, _, function = name.partition(":")
+        functions[name] = getattr(importlib.import_module(module), function)
+    return {
+        name: lambda x, f=f: f(x.value, shapes, starts, x.locations, x.weights)  # type: ignore[misc] # default argument
+        for name, f in functions.items()
+    }
+
+
+def step(run: Callable[[Inputs], Tensor], form: str, x: Inputs, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Forward and backward; deterministic if ``run`` is."""
+    if isinstance(run, Deterministic):
+        with run:
+            return step(run.run, form, x, grad)
+    output = run(x)
+    leaves = (x.value, x.offsets, x.logits) if form == "fused" else (x.value, x.locations, x.weights)
+    return output, torch.autograd.grad(output, leaves, grad)
+
+
+def prepare(call: Callable[[], object], device: str) -> Callable[[], float]:
+    """A function that runs ``call`` and returns the milliseconds of one run."""
+    call()
+    if device != "cuda":
+
+        def on_host() -> float:
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+
+        return on_host
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            call()
+
+    def on_gpu() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / GRAPH_CALLS
+
+    return on_gpu
+
+
+def floor_ms(Q: int, itemsize: int) -> float | None:
+    """The time in which the L1 caches of the GPU can deliver all taps; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    clock = getattr(properties, "clock_rate", 0) * 1e3
+    if not clock:
+        return None
+    return 1e3 * tap_bytes(Q, itemsize) / (properties.multi_processor_count * L1_BYTES_PER_CLOCK * clock)
+
+
+def tap_bytes(Q: int, itemsize: int) -> int:
+    """What all taps of all queries read, were nothing shared."""
+    return Q * HEADS * len(SHAPES) * POINTS * 4 * CHANNELS * itemsize
+
+
+def relative_error(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    """Largest quotient of the root mean square error and the root mean square, over some tensors."""
+    return max(
+        float((a.cpu().double() - b).square().mean().sqrt() / b.square().mean().sqrt())
+        for a, b in zip(actual, exact, strict=True)
+    )
+
+
+def measure(case: str, form: str, device: str, dtype: torch.dtype, peer_names: list[str], rounds: int) -> list[Row]:
+    """All implementations of one form at one size."""
+    inputs = make_inputs(case)
+    x = inputs.to(dtype, device)
+    runs: dict[str, Callable[[Inputs], Tensor]] = {"reference": ours(form, "reference")}
+    if available_backends()[device] is None:
+        runs[device] = ours(form, device)
+        if device == "cuda":
+            runs["cuda det."] = Deterministic(ours(form, device))
+    if form == "unfused":
+        runs.update(peers(peer_names, device))
+    grad = torch.randn(1, x.reference.shape[1], HEADS * CHANNELS, generator=torch.Generator().manual_seed(1))
+    exact = step(
+        ours(form, "reference"), form, inputs._replace(value=x.value.cpu()).to(torch.float64, "cpu"), grad.double()
+    )
+    grad = grad.to(device, dtype)
+    errors: dict[str, tuple[float, float]] = {}
+    clocks: dict[tuple[str, bool], Callable[[], float]] = {}
+    best: dict[tuple[str, bool], float] = {}
+    for name, run in runs.items():
+        output, grads = step(run, form, x, grad)
+        errors[name] = relative_error((output,), (exact[0],)), relative_error(grads[:1], exact[1][:1])
+        with torch.no_grad():
+            clocks[name, False] = prepare(lambda run=run: run(x), device)  # type: ignore[misc] # default argument
+        clocks[name, True] = prepare(lambda run=run: step(run, form, x, grad), device)  # type: ignore[misc] # the same
+    for _ in range(rounds):
+        for key, clock in clocks.items():
+            with torch.set_grad_enabled(key[1]):
+                best[key] = min(best.get(key, float("inf")), clock())
+    Q = x.reference.shape[1]
+    rows = []
+    for name in runs:
+        forward, both = best[name, False], best[name, True]
+        floor = floor_ms(Q, dtype.itemsize) if device == "cuda" else None
+        rows.append(
+            Row(
+                case,
+                form,
+                name,
+                str(dtype).removeprefix("torch."),
+                forward,
+                both,
+                best["reference", False] / forward,
+                best["reference", True] / both,
+                tap_bytes(Q, dtype.itemsize) / forward / 1e6,
+                None if floor is None else floor / forward,
+                *errors[name],
+            )
+        )
+    return rows
+
+
+def show(row: Row) -> str:
+    """One line of the table."""
+    floor = "     -" if row.floor_share is None else f"{row.floor_share:6.0%}"
+    return (
+        f"{row.case:17} {row.form:8} {row.implementation:10} {row.dtype:9} "
+        f"{row.forward_ms:9.3f} {row.forward_ratio:6.1f}x {row.both_ms:9.3f} {row.both_ratio:6.1f}x {row.tap_gb_per_s:8.0f} "
+        f"{floor} {row.output_error:9.1e} {row.gradient_error:9.1e}"
+    )
+
+
+def machine(device: str) -> dict[str, object]:
+    """What the numbers depend on."""
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor,
+        "threads": torch.get_num_threads(),
+        "backend": describe_backend(device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--peer", action="append", default=[], help="module:function of the unfused form's signature")
+    parser.add_argument("--no-save", action="store_true", help="only print")
+    arguments = parser.parse_args()
+    about = machine(arguments.device)
+    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    print("x: faster than the reference; GB/s of taps; floor: share of the L1 floor; errors of output and grad_value")
+    print(
+        f"{'case':17} {'form':8} {'who':10} {'dtype':9} {'fwd ms':>9} {'':7} {'both ms':>9} {'':7} "
+        f"{'GB/s':>8} {'floor':>6} {'errors':>9}"
+    )
+    rows = []
+    for case in CASES:
+        for form in ("fused", "unfused"):
+            for name in arguments.dtype:
+                found = measure(case, form, arguments.device, getattr(torch, name), arguments.peer, arguments.rounds)
+                print(*map(show, found), sep="\n", flush=True)
+                rows += found
+    if not arguments.no_save:
+        RESULTS.mkdir(exist_ok=True)
+        short = "-".join("".join(c if c.isalnum() else " " for c in str(about["device"])).split()[:3]).lower()
+        path = RESULTS / f"ms_deform_attn-{short}-{about['date']}.json"
+        path.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        print("saved", path.name)
+
+
+if __name__ == "__main__":
+    main()
