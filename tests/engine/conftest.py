@@ -10,6 +10,15 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """Sums over threads are rounded otherwise: bits are only comparable with the same number everywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _draw_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves take longer than all else in a run of a dozen steps; tests that want them ask for ``with_curves``."""

@@ -145,6 +145,8 @@ class Options:
     nan_rank: int = 0
     file_limit: int | None = None
     eval_seconds: float = 0.0
+    ballast_mib: int = 0
+    """Makes checkpoints large, so that writing them takes a while."""
     gradients: str | None = None
     """Instead of training: write the gradients of the first step to this file."""
 
@@ -201,7 +203,11 @@ def build(options: Options) -> Trainer:
         directory=Path(options.directory),
         batch_size=options.batch_size,
         seed=options.seed,
-        identity={"config": {"seed": options.seed}, "categories": [[1, "a"], [5, "b"], [9, "c"]], "environment": {}},
+        identity={
+            "config": {"seed": options.seed},
+            "categories": [[1, "a"], [5, "b"], [9, "c"]],
+            "environment": {"ballast": torch.zeros(options.ballast_mib * 2**18)},
+        },
     )
 
 

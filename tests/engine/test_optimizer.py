@@ -1,0 +1,128 @@
+"""Parameter groups and schedules."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from engine.optimizer import (
+    CosineSchedule,
+    OptimizerConfig,
+    Schedule,
+    StepSchedule,
+    load_optimizer_state,
+    set_learning_rate,
+)
+
+
+def model() -> nn.Module:
+    body = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    return nn.ModuleDict({"backbone": body, "backbone_like": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+
+
+def test_groups_by_prefix_and_shape() -> None:
+    config = OptimizerConfig(
+        lr=1.0, weight_decay=0.5, lr_scales={"backbone": 0.1, "backbone.1": 0.01}, no_decay="norms_and_biases"
+    )
+    net = model()
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    found = {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in config.build(net).param_groups
+        for parameter in group["params"]
+    }
+    assert found == {
+        "backbone.0.weight": (0.1, 0.5),
+        "backbone.0.bias": (0.1, 0.0),
+        "backbone.1.weight": (0.01, 0.0),
+        "backbone.1.bias": (0.01, 0.0),
+        "backbone_like.weight": (1.0, 0.5),
+        "backbone_like.bias": (1.0, 0.0),
+        "head.weight": (1.0, 0.5),
+        "head.bias": (1.0, 0.0),
+    }
+
+
+def test_frozen_parameters_are_left_out_and_typing_errors_found() -> None:
+    net = model()
+    net["backbone"].requires_grad_(False)  # type: ignore[index]  # a ModuleDict
+    groups = OptimizerConfig().build(net).param_groups
+    assert sum(len(group["params"]) for group in groups) == 4
+    with pytest.raises(ValueError, match=r"no parameter is under 'bakbone', known: backbone, backbone_like, head"):
+        OptimizerConfig(lr_scales={"bakbone": 0.1}).build(net)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        OptimizerConfig(lr_scales={}).build(net.requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": 0.0}, {"weight_decay": -1.0}, {"betas": (0.9, 1.0)}, {"clip_norm": 0.0}, {"lr_scales": {"head": 0.0}}],
+)
+def test_wrong_values_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        OptimizerConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_state_is_restored_but_overridden_values_count() -> None:
+    net = model()
+    old = OptimizerConfig(lr=1e-3, lr_scales={"backbone": 0.1}).build(net)
+    sum(parameter.sum() for parameter in net.parameters()).backward()  # type: ignore[union-attr]
+    old.step()
+    new = OptimizerConfig(lr=5e-3, weight_decay=0.3, lr_scales={"backbone": 0.1}).build(net)
+    load_optimizer_state(new, old.state_dict())
+    assert [group["base_lr"] for group in new.param_groups] == [5e-4, 5e-3]
+    assert new.param_groups[0]["weight_decay"] == 0.3
+    for parameter in net.parameters():
+        assert torch.equal(new.state[parameter]["exp_avg"], old.state[parameter]["exp_avg"])
+    with pytest.raises(ValueError, match=r"groups of sizes \[4, 4\], this run has \[8\]"):
+        load_optimizer_state(OptimizerConfig(lr_scales={}).build(net), old.state_dict())
+
+
+def test_step_schedule_of_the_paper() -> None:
+    schedule = StepSchedule(epochs=12, milestones=(11.0,))
+    assert schedule.total_steps(100) == 1200
+    assert schedule.factor(1099, 100) == 1.0
+    assert schedule.factor(1100, 100) == pytest.approx(0.1)
+    assert StepSchedule(milestones=(0.5, 1.0)).factor(150, 100) == pytest.approx(0.01)
+
+
+def test_warm_up_is_linear_and_reaches_one() -> None:
+    schedule = CosineSchedule(steps=100, warmup_steps=10)
+    assert [schedule.factor(step, 7) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert schedule.factor(10, 7) == 1.0
+    assert schedule.factor(55, 7) == pytest.approx(0.5)
+
+
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 50), st.booleans(), st.floats(0.01, 1.0))
+def test_factors_stay_within_bounds_and_fall(
+    epochs: int, per_epoch: int, warmup: int, cosine: bool, low: float
+) -> None:
+    schedule: Schedule = (
+        CosineSchedule(epochs=epochs, warmup_steps=warmup, final=low)
+        if cosine
+        else StepSchedule(epochs=epochs, warmup_steps=warmup, decay=low, milestones=(1.0, 2.0))
+    )
+    factors = [schedule.factor(step, per_epoch) for step in range(schedule.total_steps(per_epoch))]
+    assert all(0 < factor <= 1 for factor in factors)
+    after = factors[warmup:]
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))
+    if cosine and after:
+        assert after[-1] >= low
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"steps": 0}, {"warmup_steps": -1}])
+def test_wrong_lengths_are_refused(wrong: dict[str, int]) -> None:
+    for kind in (StepSchedule, CosineSchedule):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            kind(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ascending"):
+        StepSchedule(milestones=(3.0, 2.0))
+
+
+def test_set_learning_rate_scales_every_group() -> None:
+    optimizer = OptimizerConfig(lr=1.0).build(model())
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.025, 0.25])
