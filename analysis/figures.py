@@ -239,5 +239,5 @@ def _bars(
             texts = ["" if np.isnan(value) else f"{value:.1f}" for value in values]
             axis.bar_label(bars, texts, fontsize=FONT - 2, padding=1)
     axis.set_xticks(range(len(names)), names)
-    axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.set_xlim(-0.5, max(len(names), 1) - 0.5)
     axis.grid(False, axis="x")

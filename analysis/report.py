@@ -131,37 +131,39 @@ def _precision(matched: MatchedDataset, categories: Sequence[str]) -> tuple[Floa
     return mean, per_class
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: Report) -> Any:
     """Plain numbers: shares in [0, 1], AP in percent, None for what is not defined."""
     best = report.best
-    return {
-        "label": report.label,
-        "metrics": report.metrics,
-        "best_regressed": {
-            "targets": len(best.iou),
-            "with_overlap": int(best.found.sum()),
-            "recall": {
-                _factor(factor): {f"IoU>={least:g}": recall(best, factor, least) for least in LEAST_IOUS}
-                for factor in FACTORS
+    return _plain(
+        {
+            "label": report.label,
+            "metrics": report.metrics,
+            "best_regressed": {
+                "targets": len(best.iou),
+                "with_overlap": int(best.found.sum()),
+                "recall": {
+                    _factor(factor): {f"IoU>={least:g}": recall(best, factor, least) for least in LEAST_IOUS}
+                    for factor in FACTORS
+                },
+                "recall_by_size": {
+                    _factor(factor): {size: recall(best, factor, size=size) for size in SIZES} for factor in FACTORS
+                },
             },
-            "recall_by_size": {
-                _factor(factor): {size: recall(best, factor, size=size) for size in SIZES} for factor in FACTORS
+            "misalignment": {
+                name: None if found is None else found._asdict() for name, found in report.alignments.items()
             },
-        },
-        "misalignment": {
-            name: None if found is None else _plain(found._asdict()) for name, found in report.alignments.items()
-        },
-        "oracle": {**report.oracle._asdict(), "gap": report.oracle.aligned - report.oracle.as_is},
-        "errors": report.errors._asdict(),
-        "average_precision_by_class": {
-            name: dict(zip((f"{t:.2f}" for t in IOU_THRESHOLDS), values, strict=True))
-            for name, values in report.per_class.items()
-        },
-        "precision_recall": {
-            f"{t:.2f}": [round(float(p), 4) for p in row]
-            for t, row in zip(IOU_THRESHOLDS, report.precision, strict=True)
-        },
-    }
+            "oracle": {**report.oracle._asdict(), "gap": report.oracle.aligned - report.oracle.as_is},
+            "errors": report.errors._asdict(),
+            "average_precision_by_class": {
+                name: dict(zip((f"{t:.2f}" for t in IOU_THRESHOLDS), values, strict=True))
+                for name, values in report.per_class.items()
+            },
+            "precision_recall": {
+                f"{t:.2f}": [round(float(p), 4) for p in row]
+                for t, row in zip(IOU_THRESHOLDS, report.precision, strict=True)
+            },
+        }
+    )
 
 
 def _factor(factor: int) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from analysis.figures import draw_all
+from analysis import style
+from analysis.figures import draw_all, draw_calibration, draw_joint_density, draw_per_class, draw_recall
 from analysis.matching import ImageDetections, ImageObjects
 from analysis.pages import LookingQuery, Picture, draw_sampling, draw_worst, errors_of_kind, worst_images
 from analysis.report import Report, as_json, make_report, observe, scalars
@@ -69,14 +70,30 @@ def test_scalars_are_finite_and_named(reports):
     assert np.isfinite(list(values.values())).all()
 
 
-def test_figures_of_one_and_of_two_reports(reports, tmp_path):
-    for some in (reports[:1], reports):
-        for path in draw_all(tmp_path, some):
-            with Image.open(path) as image:
-                width, height = image.size
-                assert min(width, height) > 400
-                assert len(set(image.convert("L").resize((40, 40)).getdata())) > 10, f"{path.name} is empty"
+@pytest.fixture
+def coarse(monkeypatch):
+    """Figures of a quarter of the resolution: drawing takes most of the time of these tests."""
+    monkeypatch.setattr(style, "DPI", 55)
+
+
+@pytest.mark.usefixtures("coarse")
+def test_figures_of_two_reports(reports, tmp_path):
+    for path in draw_all(tmp_path, reports):
+        with Image.open(path) as image:
+            assert min(image.size) > 100
+            shades = np.asarray(image.convert("L").resize((40, 40)))
+            assert len(np.unique(shades)) > 10, f"{path.name} is empty"
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.usefixtures("coarse")
+def test_figures_of_one_report_without_anything_found(tmp_path):
+    some = observations(True)[-1:]
+    report = make_report("empty", some, NAMES, dict.fromkeys(METRICS), 0.3)
+    assert (report.errors.counts["background"], report.alignments["best_regressed"]) == (1, None)
+    for draw in (draw_recall, draw_joint_density, draw_calibration, draw_per_class):
+        draw(tmp_path / "figure.png", [report])
+    json.dumps(as_json(report), allow_nan=False)
 
 
 def test_worst_images_are_those_with_the_surest_errors(reports):
@@ -90,6 +107,7 @@ def test_worst_images_are_those_with_the_surest_errors(reports):
     assert errors_of_kind(errors[0], duplicate, 0.3).tolist() == [1]
 
 
+@pytest.mark.usefixtures("coarse")
 def test_pages(reports, tmp_path):
     picture = Picture(np.full((32, 32, 3), 90, dtype=np.uint8), (64, 64))
     objects = [observation.objects for observation in observations(True)]
@@ -101,4 +119,4 @@ def test_pages(reports, tmp_path):
     draw_sampling(tmp_path / "sampling.png", [("one", picture, [query, query]), ("two", picture, [query])])
     for name in ("worst.png", "sampling.png"):
         with Image.open(tmp_path / name) as image:
-            assert min(image.size) > 400
+            assert min(image.size) > 100
