@@ -160,13 +160,13 @@ class DINO(nn.Module):
             image_sizes: [B, 2] (height, width) before padding.
         """
         levels = self.neck(self.backbone(images))
-        shapes = tuple((int(level.shape[-2]), int(level.shape[-1])) for level in levels)
+        shapes = tuple((level.shape[-2], level.shape[-1]) for level in levels)
         valid_sizes = level_valid_sizes(image_sizes, (images.shape[-2], images.shape[-1]), shapes)
         return self.encode_levels(levels, valid_sizes)
 
     def encode_levels(self, levels: list[Tensor], valid_sizes: Tensor) -> EncodedImages:
         """The encoder alone: from maps [B, embed_dim, h, w] on, nothing depends on what lies in the padding."""
-        shapes = tuple((int(level.shape[-2]), int(level.shape[-1])) for level in levels)
+        shapes = tuple((level.shape[-2], level.shape[-1]) for level in levels)
         memory = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
         encodings = [
             self.config.position_encoding(shape, valid_sizes[:, i], self.config.embed_dim) + self.level_embedding[i]
