@@ -2,8 +2,8 @@
 
     python -m benchmarks.ms_deform_attn [--device cuda] [--dtype bfloat16] [--peer package.module:function]
 
-All implementations take turns in one run, so that their ratios hold on a machine that others use too; a time is the
-best of the rounds. On a GPU it is that of a replayed CUDA graph. Results go to benchmarks/results/ as JSON.
+All implementations take turns in one run; a time is the best of the rounds. On a GPU it is that of a replayed CUDA
+graph. On a machine that others use too, --busy takes processor time, of one thread. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -164,15 +164,15 @@ def step(run: Callable[[Inputs], Tensor], form: str, x: Inputs, grad: Tensor) ->
     return output, torch.autograd.grad(output, leaves, grad)
 
 
-def prepare(call: Callable[[], object], device: str) -> Callable[[], float]:
-    """A function that runs ``call`` and returns the milliseconds of one run."""
+def prepare(call: Callable[[], object], device: str, clock: Callable[[], float]) -> Callable[[], float]:
+    """A function that runs ``call`` and returns the milliseconds of one run; ``clock`` gives seconds on the host."""
     call()
     if device != "cuda":
 
         def on_host() -> float:
-            start = time.perf_counter()
+            start = clock()
             call()
-            return 1e3 * (time.perf_counter() - start)
+            return 1e3 * (clock() - start)
 
         return on_host
     side = torch.cuda.Stream()
@@ -215,13 +215,14 @@ def tap_bytes(Q: int, itemsize: int) -> int:
 def relative_error(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
     """Largest quotient of the root mean square error and the root mean square, over some tensors."""
     return max(
-        float((a.cpu().double() - b).square().mean().sqrt() / b.square().mean().sqrt())
+        float((a.detach().cpu().double() - b.detach()).square().mean().sqrt() / b.detach().square().mean().sqrt())
         for a, b in zip(actual, exact, strict=True)
     )
 
 
-def measure(case: str, form: str, device: str, dtype: torch.dtype, peer_names: list[str], rounds: int) -> list[Row]:
+def measure(case: str, form: str, dtype: torch.dtype, arguments: argparse.Namespace) -> list[Row]:
     """All implementations of one form at one size."""
+    device, now = arguments.device, time.process_time if arguments.busy else time.perf_counter
     inputs = make_inputs(case)
     x = inputs.to(dtype, device)
     runs: dict[str, Callable[[Inputs], Tensor]] = {"reference": ours(form, "reference")}
@@ -230,7 +231,7 @@ def measure(case: str, form: str, device: str, dtype: torch.dtype, peer_names: l
         if device == "cuda":
             runs["cuda det."] = Deterministic(ours(form, device))
     if form == "unfused":
-        runs.update(peers(peer_names, device))
+        runs.update(peers(arguments.peer, device))
     grad = torch.randn(1, x.reference.shape[1], HEADS * CHANNELS, generator=torch.Generator().manual_seed(1))
     exact = step(
         ours(form, "reference"), form, inputs._replace(value=x.value.cpu()).to(torch.float64, "cpu"), grad.double()
@@ -243,9 +244,9 @@ def measure(case: str, form: str, device: str, dtype: torch.dtype, peer_names: l
         output, grads = step(run, form, x, grad)
         errors[name] = relative_error((output,), (exact[0],)), relative_error(grads[:1], exact[1][:1])
         with torch.no_grad():
-            clocks[name, False] = prepare(lambda run=run: run(x), device)  # type: ignore[misc] # default argument
-        clocks[name, True] = prepare(lambda run=run: step(run, form, x, grad), device)  # type: ignore[misc] # the same
-    for _ in range(rounds):
+            clocks[name, False] = prepare(lambda run=run: run(x), device, now)  # type: ignore[misc] # default argument
+        clocks[name, True] = prepare(lambda run=run: step(run, form, x, grad), device, now)  # type: ignore[misc] # the same
+    for _ in range(arguments.rounds):
         for key, clock in clocks.items():
             with torch.set_grad_enabled(key[1]):
                 best[key] = min(best.get(key, float("inf")), clock())
@@ -275,11 +276,12 @@ def measure(case: str, form: str, device: str, dtype: torch.dtype, peer_names: l
 def show(row: Row) -> str:
     """One line of the table."""
     floor = "     -" if row.floor_share is None else f"{row.floor_share:6.0%}"
-    return (
-        f"{row.case:17} {row.form:8} {row.implementation:10} {row.dtype:9} "
-        f"{row.forward_ms:9.3f} {row.forward_ratio:6.1f}x {row.both_ms:9.3f} {row.both_ratio:6.1f}x {row.tap_gb_per_s:8.0f} "
-        f"{floor} {row.output_error:9.1e} {row.gradient_error:9.1e}"
+    columns = (
+        f"{row.case:17} {row.form:8} {row.implementation:10} {row.dtype:9}",
+        f"{row.forward_ms:9.3f} {row.forward_ratio:6.1f}x {row.both_ms:9.3f} {row.both_ratio:6.1f}x",
+        f"{row.tap_gb_per_s:8.0f} {floor} {row.output_error:9.1e} {row.gradient_error:9.1e}",
     )
+    return " ".join(columns)
 
 
 def machine(device: str) -> dict[str, object]:
@@ -306,9 +308,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--peer", action="append", default=[], help="module:function of the unfused form's signature")
+    parser.add_argument("--busy", action="store_true", help="on a CPU, processor time of one thread")
     parser.add_argument("--no-save", action="store_true", help="only print")
     arguments = parser.parse_args()
-    about = machine(arguments.device)
+    if arguments.busy:
+        torch.set_num_threads(1)
+    about = {**machine(arguments.device), "clock": "processor" if arguments.busy else "wall"}
     print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
     print("x: faster than the reference; GB/s of taps; floor: share of the L1 floor; errors of output and grad_value")
     print(
@@ -319,13 +324,14 @@ def main() -> None:
     for case in CASES:
         for form in ("fused", "unfused"):
             for name in arguments.dtype:
-                found = measure(case, form, arguments.device, getattr(torch, name), arguments.peer, arguments.rounds)
+                found = measure(case, form, getattr(torch, name), arguments)
                 print(*map(show, found), sep="\n", flush=True)
                 rows += found
     if not arguments.no_save:
         RESULTS.mkdir(exist_ok=True)
         short = "-".join("".join(c if c.isalnum() else " " for c in str(about["device"])).split()[:3]).lower()
-        path = RESULTS / f"ms_deform_attn-{short}-{about['date']}.json"
+        clock = "-busy" if arguments.busy else ""
+        path = RESULTS / f"ms_deform_attn-{short}{clock}-{about['date']}.json"
         path.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
         print("saved", path.name)
 

@@ -1,0 +1,41 @@
+"""The benchmark runs, tells the truth about errors, and says on what it ran."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import ms_deform_attn as benchmark
+from ops.ms_deform_attn import available_backends
+
+
+def test_benchmark_at_a_small_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "SHAPES", [(6, 7), (3, 4)])
+    monkeypatch.setattr(benchmark, "DECODER_QUERIES", 5)
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["benchmark", "--device", "cpu", "--rounds", "2", "--dtype", "float32", "bfloat16"]
+    )
+    benchmark.main()
+    (path,) = tmp_path.glob("ms_deform_attn-*.json")
+    result = json.loads(path.read_text())
+    assert result["device"]
+    assert result["clock"] == "wall"
+    assert result["torch"]
+    implementations = {name for name in ("reference", "cpu") if available_backends()[name] is None}
+    assert len(result["rows"]) == 3 * 2 * 2 * len(implementations)
+    assert {row["implementation"] for row in result["rows"]} == implementations
+    for row in result["rows"]:
+        assert row["forward_ms"] > 0
+        assert row["both_ms"] > row["forward_ms"] / 2
+        assert 0 < row["output_error"] < (1e-5 if row["dtype"] == "float32" else 1e-2)
+        assert 0 < row["gradient_error"] < (1e-5 if row["dtype"] == "float32" else 1e-2)
+        if row["implementation"] == "reference":
+            assert row["forward_ratio"] == row["both_ratio"] == 1
+        assert row["floor_share"] is None
+    assert path.name in capsys.readouterr().out
