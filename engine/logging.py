@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from engine import distributed
@@ -66,9 +67,10 @@ class Records:
     def picture(self, name: str, path: Path, step: int) -> None:
         """Show an image file in TensorBoard."""
         if self._active:
-            from torchvision.io import ImageReadMode, read_image
+            from PIL import Image
 
-            self._board.add_image(name, read_image(str(path), ImageReadMode.RGB), step)
+            with Image.open(path) as image:
+                self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
             self._board.flush()
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ exit codes; :func:`run_processes` does so on one or several processes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import multiprocessing.process
@@ -292,8 +293,8 @@ class Started(NamedTuple):
         return Ended(self.process.exitcode, self.output.read_text(), self.errors.read_text())
 
 
-def start_processes(runs: list[Options], processes: int = 1) -> list[Started]:
-    """Start runs in processes of their own.
+def start_processes(work: list[Options] | Callable[[], None], processes: int = 1) -> list[Started]:
+    """Start runs, or a function of a module, in processes of their own.
 
     They are forked from a server that has imported everything already: otherwise imports would take most of the time.
     """
@@ -309,30 +310,32 @@ def start_processes(runs: list[Options], processes: int = 1) -> list[Started]:
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         output, errors = folder / f"{rank}.out", folder / f"{rank}.err"
-        process = context.Process(target=_run_process, args=(runs, environment, output, errors), daemon=True)
+        process = context.Process(target=_run_process, args=(work, environment, output, errors), daemon=True)
         process.start()
         started.append(Started(process, output, errors))
     return started
 
 
-def _run_process(runs: list[Options], environment: dict[str, str], output: Path, errors: Path) -> None:
+def _run_process(
+    work: list[Options] | Callable[[], None], environment: dict[str, str], output: Path, errors: Path
+) -> None:
     for path, descriptor in ((output, 1), (errors, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    os._exit(_exit_code(runs))
+    os._exit(_exit_code(work))
 
 
-def _exit_code(runs: list[Options]) -> int:
-    code = session.exit_code(lambda: run_all(runs))
+def _exit_code(work: list[Options] | Callable[[], None]) -> int:
+    code = session.exit_code(functools.partial(run_all, work) if isinstance(work, list) else work)
     sys.stdout.flush()
     sys.stderr.flush()
     return code
 
 
-def run_processes(runs: list[Options], processes: int = 1) -> list[Ended]:
+def run_processes(work: list[Options] | Callable[[], None], processes: int = 1) -> list[Ended]:
     """Start, and wait for the end."""
-    return [started.wait() for started in start_processes(runs, processes)]
+    return [started.wait() for started in start_processes(work, processes)]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,237 @@
+"""main.py and tools.replay with a real, if tiny, detector and data set: what they do, refuse, and say."""
+
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_training import run_processes
+
+import config
+import main
+from datasets.shapes import ShapesConfig, generate
+from engine import distributed, session
+from engine.step import OptimizerStep
+from tools import replay
+
+MODEL: dict[str, Any] = {
+    "backbone": {"model": "resnet10t", "pretrained": False, "norm": "group", "frozen_stages": 0},
+    "embed_dim": 32,
+    "num_heads": 4,
+    "num_levels": 3,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "ffn_dim": 32,
+    "num_queries": 10,
+    "denoising": {"queries": 6},
+}
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight training images, two of them without objects, and a configuration beside them."""
+    directory = tmp_path_factory.mktemp("data")
+    generate(directory, ShapesConfig(train_images=8, val_images=2, image_size=64, max_object_size=40, seed=3), 1)
+    annotations = directory / "annotations/instances_train.json"
+    content = json.loads(annotations.read_text())
+    empty = {entry["id"] for entry in content["images"][:2]}
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] not in empty]
+    annotations.write_text(json.dumps(content))
+    values = {
+        "model": MODEL,
+        "criterion": {"classification": "ia_bce", "matcher": "mixed", "prime_sample_tau": 1.5},
+        "data": {
+            **{
+                split: {
+                    "images": f"{directory}/images/{split}",
+                    "annotations": f"{directory}/annotations/instances_{split}.json",
+                }
+                for split in ("train", "val")
+            },
+            "batch_size": 8,
+            "num_workers": 0,
+        },
+        "schedule": {"name": "cosine", "steps": 2, "warmup_steps": 1},
+        "trainer": {"device": "cpu", "ema_decay": 0.9, "log_every": 1, "eval_every_epochs": None},
+        "output_dir": f"{directory}/run",
+    }
+    (directory / "tiny.yaml").write_text(yaml.safe_dump(values))
+    return directory
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = session.exit_code(lambda: main.run([str(argument) for argument in arguments]))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path) -> Path:
+    """The run directory of a finished training."""
+    main.run(["--cfg", str(data / "tiny.yaml")])
+    return data / "run"
+
+
+def test_run_directory_is_complete(trained: Path) -> None:
+    expected = {"config.yaml", "metrics.jsonl", "log.txt", "curves.png", "predictions.png", "environment.jsonl"}
+    expected |= {"checkpoint_last.pth", "checkpoint_best.pth"}
+    names = {path.name for path in trained.iterdir()}
+    assert expected <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    resolved = config.load(trained / "config.yaml")
+    assert config.to_dict(resolved) == config.to_dict(config.load(trained.parent / "tiny.yaml"))
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [record["kind"] for record in records] == ["train", "train", "eval"]
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class"} <= records[-1].keys()
+    environment = json.loads((trained / "environment.jsonl").read_text())
+    assert {"seed", "commit", "dirty", "packages", "devices", "command"} <= environment.keys()
+    log = (trained / "log.txt").read_text()
+    for said in (
+        "devices: 1 x cpu",
+        "8 images a step",
+        "6 classes",
+        "warm-up 1 steps (50.0%)",
+        "op backend",
+        "trainable",
+    ):
+        assert said in log
+
+
+def test_evaluation_needs_only_the_checkpoint(trained: Path, command: Command) -> None:
+    before = {path: path.read_bytes() for path in trained.iterdir()}
+    code, output, errors = command("--eval", "--resume", trained / "checkpoint_last.pth", "data.eval_batch_size=1")
+    assert (code, errors) == (0, "")
+    record = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"AP {record['AP']:.2f}  AP50 {record['AP50']:.2f}" in output
+    assert {path: path.read_bytes() for path in trained.iterdir()} == before, "evaluation writes nothing"
+
+
+def test_resume_goes_on_and_init_from_keeps_classes(
+    trained: Path, data: Path, command: Command, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    code, output, _ = command(
+        "--resume", tmp_path / "run/checkpoint_last.pth", f"output_dir={tmp_path}/run", "schedule.steps=3"
+    )
+    assert code == 0
+    assert "from step 2" in output
+    assert "step 3/3" in output
+    content = json.loads((data / "annotations/instances_train.json").read_text())
+    content["categories"][0]["name"] = "something new"
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    others = [f"data.{split}.annotations={tmp_path}/{split}.json" for split in ("train", "val")]
+    others += [f"data.val.images={data}/images/train", f"output_dir={tmp_path}/tuned", "schedule.steps=1"]
+    code, _, errors = command("--cfg", data / "tiny.yaml", "--resume", trained / "checkpoint_best.pth", *others)
+    assert code == 2
+    assert re.match(
+        r"error: .*is for other classes: its class '\w+' \(id \d+\) is 'something new'.*--init-from\)\n$", errors
+    )
+    shutil.rmtree(tmp_path / "tuned")
+    code, output, _ = command("--cfg", data / "tiny.yaml", "--init-from", trained / "checkpoint_best.pth", *others)
+    assert code == 0
+    assert "classes made anew: something new\n" in output
+    assert "denoising.label_embedding.weight" in output
+
+
+def test_one_line_and_exit_code_two(trained: Path, data: Path, command: Command, tmp_path: Path) -> None:
+    cfg, checkpoint = data / "tiny.yaml", trained / "checkpoint_last.pth"
+    fresh = f"output_dir={tmp_path}/fresh"
+    (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:5000])
+    cases: list[tuple[list[object], str]] = [
+        ([], "--cfg FILE is needed"),
+        (["--eval"], "--eval needs --resume CHECKPOINT"),
+        (["--cfg", tmp_path / "none.yaml"], "none.yaml: cannot read"),
+        (["--cfg", cfg, "optimizer.lrr=1"], "unknown key 'lrr', did you mean 'lr'"),
+        (["--cfg", cfg], "already holds a run .* --resume auto"),
+        (["--cfg", cfg, fresh, "data.batch_size=16"], "batch_size=16 is more than the 8 training images"),
+        (["--cfg", cfg, fresh, "data.batch_size=3", "trainer.accumulation_steps=2"], "must be a multiple of 2"),
+        (["--cfg", cfg, fresh, "data.train.annotations=none.json"], "no annotation file none.json"),
+        (["--cfg", cfg, fresh, "trainer.device=cuda"], "no CUDA device"),
+        (["--eval", "--resume", tmp_path / "cut.pth"], "cut.pth: cannot be read as a checkpoint"),
+        (["--eval", "--resume", checkpoint, "model.embed_dim=64"], "is for another model"),
+        (["--cfg", cfg, fresh, "--init-from", tmp_path / "none.pth"], "no such checkpoint"),
+    ]
+    if torch.cuda.is_available():
+        cases = [case for case in cases if "trainer.device=cuda" not in case[0]]
+    for arguments, expected in cases:
+        code, _, errors = command(*arguments)
+        assert code == 2, (arguments, errors)
+        assert re.match(rf"error: .*{expected}", errors), (arguments, errors)
+        assert errors.count("\n") == 1, (arguments, errors)
+
+
+def test_diverged_run_is_replayed(
+    trained: Path, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A weight that is not finite: the matcher refuses, training stops, and the dump shows the same again."""
+    state = torch.load(trained / "checkpoint_last.pth", weights_only=True)
+    state["weights"]["heads.0.class_head.bias"][2] = float("nan")
+    torch.save(state, tmp_path / "bad.pth")
+    code, _, errors = command("--resume", tmp_path / "bad.pth", f"output_dir={tmp_path}/run", "schedule.steps=3")
+    assert code == 3
+    assert "weights are not finite already (heads.0.class_head.bias)" in errors
+    assert "first bad layer heads.0.class_head" in errors
+    (path,) = re.findall(r"python -m tools.replay (\S+)\)", errors)
+    capsys.readouterr()
+    assert replay.main([path]) == 1
+    assert "the criterion says: " in capsys.readouterr().out
+    dump = torch.load(path, weights_only=True)
+    dump["weights"]["heads.0.class_head.bias"][2] = 0
+    torch.save(dump, path)
+    assert replay.main([path]) == 0
+    assert "everything was finite when run again" in capsys.readouterr().out
+    assert replay.main([str(trained / "checkpoint_last.pth")]) == 2
+
+
+def write_gradients(data: Path, splits: dict[str, int]) -> None:
+    """Gradients and their norm for the first batch, with each number of accumulation steps, to a file of that name."""
+    with distributed.process_group(torch.device("cpu"), 60):
+        cfg = config.load(data / "tiny.yaml")
+        train_set, _ = cfg.data.build_datasets()
+        for name, accumulation_steps in splits.items():
+            torch.manual_seed(0)
+            model = cfg.model.build(6)
+            optimizer = cfg.optimizer.build(model)
+            step = OptimizerStep(model, cfg.criterion, optimizer, device=torch.device("cpu"))
+            loader = cfg.data.build_train_loader(
+                train_set,
+                seed=2,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                accumulation_steps=accumulation_steps,
+            )
+            batches = next(iter(loader.iterate(0, 0)))
+            counts = [batch.targets.counts for batch in batches]
+            (total,) = distributed.host_sum([sum(map(sum, counts))])
+            assert distributed.host_sum([int(0 in sum(counts, ()))])[0], "an image without targets takes part"
+            norm, _ = step.backward(batches, total)
+            gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+            if distributed.is_main():
+                torch.save({"norm": norm, **gradients}, data / name)
+
+
+def test_detector_does_not_notice_how_its_batch_is_split(data: Path) -> None:
+    """1 × 8 = 1 × 4 × 2 = 2 × 4 = 4 × 2, denoising, mixed matching and all, in every gradient."""
+    write_gradients(data, {"1x8": 1, "1x4x2": 2})
+    for processes, name in ((2, "2x4"), (4, "4x2")):
+        ended = run_processes(functools.partial(write_gradients, data, {name: 1}), processes)
+        assert all(e.code == 0 for e in ended), ended
+    whole = torch.load(data / "1x8", weights_only=True)
+    for other in ("1x4x2", "2x4", "4x2"):
+        split = torch.load(data / other, weights_only=True)
+        for name, value in whole.items():
+            assert value is not None, name
+            torch.testing.assert_close(split[name], value, rtol=1e-4, atol=1e-5, msg=f"{other}: {name}")
