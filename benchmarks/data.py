@@ -1,0 +1,159 @@
+"""Data loading beside torchvision's own data set and transforms, and COCO evaluation by each library.
+
+    python -m benchmarks.data [--images 32] [--repeats 5] [--eval-images 300] [--output results.json]
+
+Loading is measured in one process with one thread, in processor time, with DETR's augmentation at its published sizes;
+evaluation in wall-clock time on random detections, 100 an image over 80 classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.transforms import v2
+
+from datasets import CocoConfig, DataConfig
+from datasets.shapes import ShapesConfig, generate
+from datasets.transforms import DETRMultiScale, RandomFlip
+from engine.coco_metrics import box_metrics, choose_backend, read_ground_truth
+
+BATCH = 2
+CLASSES, OBJECTS, DETECTIONS = 80, 7, 100
+
+
+def best_times(runs: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Shortest time of each call in seconds, in turn, so that all share what else the machine does."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = clock()
+            run()
+            if repeat:  # the first warms up
+                times[name].append(clock() - start)
+    return {name: min(measured) for name, measured in times.items()}
+
+
+def torchvision_pipeline(root: Path) -> Callable[[], object]:
+    """The same augmentation from torchvision's ready-made parts, batched in pairs and padded."""
+    scales = DETRMultiScale()
+    short, crop_short = list(scales.short_sides), list(scales.crop_short_sides)
+    cropped = [
+        v2.RandomShortestSize(crop_short),
+        v2.RandomCrop((512, 512), pad_if_needed=True),
+        v2.RandomShortestSize(short, max_size=scales.max_long_side),
+    ]
+    transform = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RandomHorizontalFlip(),
+            v2.RandomChoice(
+                [v2.RandomShortestSize(short, max_size=scales.max_long_side), v2.Compose(cropped)], p=[0.5, 0.5]
+            ),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            v2.SanitizeBoundingBoxes(labels_getter=lambda sample: sample[1]["labels"]),
+        ]
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        plain = CocoDetection(
+            str(root / "images/train"), str(root / "annotations/instances_train.json"), transforms=transform
+        )
+    dataset = wrap_dataset_for_transforms_v2(plain, target_keys=("boxes", "labels"))
+
+    def batches() -> Iterator[torch.Tensor]:
+        for start in range(0, len(dataset), BATCH):
+            images = [dataset[index][0] for index in range(start, min(start + BATCH, len(dataset)))]
+            height, width = (max(int(image.shape[axis]) for image in images) for axis in (1, 2))
+            yield torch.stack(
+                [v2.functional.pad(image, [0, 0, width - image.shape[2], height - image.shape[1]]) for image in images]
+            )
+
+    return lambda: [batch.shape for batch in batches()]
+
+
+def measure_loading(images: int, repeats: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory) / "shapes"
+        generate(root, ShapesConfig(train_images=images, val_images=1, image_size=640, max_object_size=320))
+        split = CocoConfig(
+            images=str(root / "images/train"),
+            annotations=str(root / "annotations/instances_train.json"),
+            transforms=(RandomFlip(), DETRMultiScale()),
+        )
+        val = CocoConfig(images=split.images, annotations=split.annotations)
+        config = DataConfig(train=split, val=val, batch_size=BATCH, num_workers=0)
+        loader = config.build_train_loader(split.build(split="train"), seed=0)
+        epoch = iter(range(1_000_000))
+        runs: dict[str, Callable[[], object]] = {
+            "ours": lambda: [step[0].images.shape for step in loader.iterate(next(epoch))],
+            "torchvision": torchvision_pipeline(root),
+        }
+        times = best_times(runs, repeats, time.process_time)
+    return {f"{name}_images_per_core_second": images / seconds for name, seconds in times.items()}
+
+
+def measure_evaluation(images: int, repeats: int) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    objects = np.concatenate(
+        [rng.uniform(0, 400, (images * OBJECTS, 2)), rng.uniform(5, 200, (images * OBJECTS, 2))], 1
+    )
+    classes = rng.integers(1, CLASSES + 1, len(objects))
+    content = {
+        "images": [{"id": index} for index in range(images)],
+        "annotations": [
+            {"id": index, "image_id": index // OBJECTS, "category_id": int(label), "bbox": box}
+            for index, (box, label) in enumerate(zip(objects.tolist(), classes, strict=True))
+        ],
+        "categories": [{"id": index, "name": str(index)} for index in range(1, CLASSES + 1)],
+    }
+    source = (np.arange(images)[:, None] * OBJECTS + rng.integers(0, OBJECTS, (images, DETECTIONS))).ravel()
+    boxes = objects[source] + rng.normal(size=(len(source), 4)) * 0.1 * objects[source][:, [2, 3, 2, 3]]
+    rows = np.column_stack(
+        [source // OBJECTS, boxes[:, :2], np.abs(boxes[:, 2:]), rng.random(len(source)), classes[source]]
+    )
+    truth = read_ground_truth(content)
+    runs: dict[str, Callable[[], object]] = {"pycocotools": lambda: box_metrics(truth, rows, "pycocotools")}
+    if choose_backend("auto") == "hotcoco":
+        runs["hotcoco"] = lambda: box_metrics(truth, rows, "hotcoco")
+    return {f"{name}_seconds": seconds for name, seconds in best_times(runs, repeats, time.perf_counter).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=32, help="images to load (default 32)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs (default 5)")
+    parser.add_argument("--eval-images", type=int, default=300, help="images to evaluate (default 300)")
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON, with device and date")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+
+    loading = measure_loading(arguments.images, arguments.repeats)
+    ours, theirs = loading.values()
+    print("loading 640 x 640 JPEG with DETR's augmentation, images a second and core")
+    print(f"  ours {ours:.1f}, torchvision {theirs:.1f}, ratio {ours / theirs:.2f}x", flush=True)
+    evaluation = measure_evaluation(arguments.eval_images, max(arguments.repeats // 2, 1))
+    slow, fast = evaluation["pycocotools_seconds"], evaluation.get("hotcoco_seconds")
+    compared = "hotcoco is not installed" if fast is None else f"hotcoco {fast:.2f} s, ratio {slow / fast:.0f}x"
+    print(f"evaluating {arguments.eval_images} images with {DETECTIONS} detections each")
+    print(f"  pycocotools {slow:.2f} s, {compared}")
+    if arguments.output:
+        device = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+        report = {"benchmark": "data", "device": device, "date": datetime.date.today().isoformat(),
+                  "loading": loading, "evaluation": evaluation}  # fmt: skip
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
