@@ -110,5 +110,5 @@ def test_attention_mask():
 
 @pytest.mark.parametrize("options", [{"queries": 0}, {"label_noise": 1.5}, {"box_noise": -1.0}, {"max_targets": 0}])
 def test_settings_that_make_no_sense(options):
-    with pytest.raises(ValueError, match="denoising|noise"):
+    with pytest.raises(ValueError, match=r"denoising|noise"):
         DenoisingConfig(**options)
