@@ -62,6 +62,9 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
     with distributed.agreed_errors():  # nothing in here may depend on other processes
         set_default_backend(cfg.op_backend)
         train_set, val_set = cfg.data.build_datasets()
+        for title, dataset in (("training", train_set), ("validation", val_set)):
+            for line in dataset.report.lines():
+                log.info("%s annotations: %s", title, line)
         loader = cfg.data.build_train_loader(
             train_set,
             seed=cfg.seed,
