@@ -6,13 +6,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss
 
 from losses.entries import at_least_float32
-from ops.boxes import cxcywh_to_xyxy, paired_giou
+from ops.boxes import cxcywh_to_xyxy, paired_ciou, paired_diou, paired_giou
 
 OverlapLoss = Literal["giou", "diou", "ciou"]
-"""1 − GIoU (arXiv 1902.09630), or torchvision's DIoU or CIoU loss (arXiv 1911.08287)."""
+"""1 − GIoU (arXiv 1902.09630), 1 − DIoU or 1 − CIoU (arXiv 1911.08287)."""
+
+_OVERLAPS = {"giou": paired_giou, "diou": paired_diou, "ciou": paired_ciou}
 
 
 def box_losses(boxes: Tensor, target_boxes: Tensor, overlap: OverlapLoss = "giou") -> tuple[Tensor, Tensor]:
@@ -30,8 +31,4 @@ def box_losses(boxes: Tensor, target_boxes: Tensor, overlap: OverlapLoss = "giou
         boxes = at_least_float32(boxes)
         target_boxes = target_boxes.to(boxes.dtype)
         distance = (boxes - target_boxes).abs().sum(-1)
-        boxes_xyxy, targets_xyxy = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes)
-        if overlap == "giou":
-            return distance, 1 - paired_giou(boxes_xyxy, targets_xyxy)
-        loss = distance_box_iou_loss if overlap == "diou" else complete_box_iou_loss
-        return distance, loss(boxes_xyxy, targets_xyxy)
+        return distance, 1 - _OVERLAPS[overlap](cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))

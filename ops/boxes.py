@@ -67,3 +67,47 @@ def paired_giou(boxes_xyxy: Tensor, others_xyxy: Tensor, epsilon: float = AREA_E
     bottom_right = torch.maximum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])
     enclosing = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
     return intersection / (union + epsilon) - (enclosing - union) / (enclosing + epsilon)
+
+
+def paired_diou(boxes_xyxy: Tensor, others_xyxy: Tensor, epsilon: float = 1e-7) -> Tensor:
+    """IoU minus the squared distance of the centres over that of the enclosing corners (arXiv 1911.08287, equation 7).
+
+    The value of 1 − torchvision's ``distance_box_iou_loss``, which selects by a mask and so makes the host wait for the
+    device.
+
+    Args:
+        boxes_xyxy: [..., 4] (left, top, right, bottom), any unit.
+        others_xyxy: [..., 4], the same unit.
+        epsilon: added to the divisors, in square units; the default is torchvision's.
+
+    Returns:
+        [...] in [-1, 1].
+    """
+    top_left = torch.minimum(boxes_xyxy[..., :2], others_xyxy[..., :2])
+    bottom_right = torch.maximum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])
+    diagonal = (bottom_right - top_left).square().sum(-1)
+    offset = (boxes_xyxy[..., :2] + boxes_xyxy[..., 2:] - others_xyxy[..., :2] - others_xyxy[..., 2:]) * 0.5
+    return paired_iou(boxes_xyxy, others_xyxy, epsilon) - offset.square().sum(-1) / (diagonal + epsilon)
+
+
+def paired_ciou(boxes_xyxy: Tensor, others_xyxy: Tensor, epsilon: float = 1e-7) -> Tensor:
+    """DIoU minus a penalty of different aspect ratios (arXiv 1911.08287, equations 8 to 11).
+
+    The value of 1 − torchvision's ``complete_box_iou_loss``, with a finite gradient for empty boxes too.
+
+    Args:
+        boxes_xyxy: [..., 4] (left, top, right, bottom), any unit.
+        others_xyxy: [..., 4], the same unit.
+        epsilon: added to the divisors, in square units; the default is torchvision's.
+
+    Returns:
+        [...] at most 1.
+    """
+    angles = []
+    for corners in (boxes_xyxy, others_xyxy):
+        width, height = (corners[..., 2:] - corners[..., :2]).clamp(min=epsilon).unbind(-1)
+        angles.append(torch.atan2(width, height))
+    difference = 4 / torch.pi**2 * (angles[1] - angles[0]).square()
+    with torch.no_grad():
+        balance = difference / (1 - paired_iou(boxes_xyxy, others_xyxy, epsilon) + difference + epsilon)
+    return paired_diou(boxes_xyxy, others_xyxy, epsilon) - balance * difference

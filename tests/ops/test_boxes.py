@@ -1,8 +1,8 @@
 import pytest
 import torch
-from torchvision.ops import box_iou, generalized_box_iou
+from torchvision.ops import box_iou, complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou
 
-from ops.boxes import AREA_EPSILON, cxcywh_to_xyxy, paired_giou, paired_iou, xyxy_to_cxcywh
+from ops.boxes import AREA_EPSILON, cxcywh_to_xyxy, paired_ciou, paired_diou, paired_giou, paired_iou, xyxy_to_cxcywh
 
 
 def some_boxes(seed, *shape, dtype=torch.float64):
@@ -39,7 +39,7 @@ def test_epsilon_is_added_to_the_divisors():
     assert paired_iou(unit, half).item() == pytest.approx(0.5 / (1 + AREA_EPSILON), rel=1e-7)
 
 
-@pytest.mark.parametrize("overlap", [paired_iou, paired_giou])
+@pytest.mark.parametrize("overlap", [paired_iou, paired_giou, paired_diou, paired_ciou])
 def test_empty_boxes_have_finite_overlaps_and_gradients(overlap):
     boxes = torch.zeros(2, 4, requires_grad=True)
     others = torch.tensor([[0.0, 0, 0, 0], [0, 0, 1, 1]])
@@ -49,7 +49,17 @@ def test_empty_boxes_have_finite_overlaps_and_gradients(overlap):
     assert boxes.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("overlap", [paired_iou, paired_giou])
+@pytest.mark.parametrize("overlap", [paired_iou, paired_giou, paired_diou])
 def test_gradients(overlap):
     boxes, others = some_boxes(3, 6).requires_grad_(), some_boxes(4, 6).requires_grad_()
     assert torch.autograd.gradcheck(overlap, (boxes, others))
+
+
+def test_distance_and_aspect_are_those_of_torchvision():
+    boxes, others = some_boxes(5, 50).requires_grad_(), some_boxes(6, 50)
+    for ours, theirs in ((paired_diou, distance_box_iou_loss), (paired_ciou, complete_box_iou_loss)):
+        value, expected = 1 - ours(boxes, others), theirs(boxes, others)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(value.sum(), boxes)[0], torch.autograd.grad(expected.sum(), boxes)[0]
+        )

@@ -1,0 +1,372 @@
+"""What the criterion must not depend on, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from losses import IABCE, Align, CriterionConfig, Focal, LossWeights, PositionSupervised
+from matchers import Hungarian, Mixed, NonFinitePredictionError
+from structures import Denoising, DetectorOutputs, Matches, Prediction, Targets
+from tests.losses.criterion_cases import make_outputs
+
+ALIGN_DETR = CriterionConfig(classification=IABCE(), matcher=Mixed(candidates=2), prime_sample_tau=1.5)
+CONFIGS = [CriterionConfig(), ALIGN_DETR, CriterionConfig(classification=PositionSupervised(), overlap="ciou")]
+every_config = pytest.mark.parametrize("config", CONFIGS, ids=["dino", "align_detr", "stable_dino"])
+
+
+def leaves_of(outputs):
+    return [*outputs.decoder, *outputs.encoder, *outputs.denoising.decoder]
+
+
+def gradients(config, outputs, targets, num_targets=None):
+    return torch.autograd.grad(config(outputs, targets, num_targets).total, leaves_of(outputs))
+
+
+def select_images(outputs: DetectorOutputs, targets: Targets, images: list[int]) -> tuple[DetectorOutputs, Targets]:
+    """The same predictions for some of the images, in the order given."""
+    split = targets.split()
+    chosen = Targets(
+        torch.cat([split[b][0] for b in images]),
+        torch.cat([split[b][1] for b in images]),
+        tuple(targets.counts[b] for b in images),
+    )
+    old_first = [sum(targets.counts[:b]) for b in range(len(targets.counts))]
+    new_first = [sum(chosen.counts[:b]) for b in range(len(images))]
+    noised = outputs.denoising
+    rows = []
+    for layer, image, query, target in zip(*(index.tolist() for index in noised.matches), strict=True):
+        rows += [(layer, new, query, target - old_first[image] + new_first[new])
+                 for new, old in enumerate(images) if old == image]  # fmt: skip
+    matches = Matches(*torch.tensor(rows, dtype=torch.long).reshape(-1, 4).unbind(1))
+    decoder, denoised = (
+        Prediction(*(part[:, images] for part in prediction)) for prediction in (outputs.decoder, noised.decoder)
+    )
+    encoder = Prediction(*(part[images] for part in outputs.encoder))
+    denoising = Denoising(denoised, matches, noised.num_groups[images], noised.valid[images])
+    return DetectorOutputs(decoder, encoder, denoising), chosen
+
+
+def assert_same(result, expected):
+    torch.testing.assert_close(result.total, expected.total)
+    assert result.terms.keys() == expected.terms.keys()
+    for name, value in expected.terms.items():
+        torch.testing.assert_close(result.terms[name], value)
+
+
+def test_defaults_are_dino():
+    config = CriterionConfig()
+    assert config.classification == Focal(alpha=0.25, gamma=2.0)
+    assert config.matcher == Hungarian()
+    assert config.prime_sample_tau is None
+    assert config.weights == LossWeights(classification=1.0, bbox=5.0, giou=2.0)
+    cost = config.matcher.cost
+    assert (cost.classification, cost.bbox, cost.giou, cost.position_modulation) == (2.0, 5.0, 2.0, 0.0)
+
+
+@every_config
+def test_terms_and_their_weighted_sum(config):
+    outputs, targets = make_outputs(0, (3, 2))
+    result = config(outputs, targets)
+    layers = ["encoder", *(f"{kind}.{i}" for kind in ("decoder", "denoising") for i in range(3))]
+    assert set(result.terms) == {f"{layer}/{term}" for layer in layers for term in ("class", "bbox", config.overlap)}
+    weights = {"class": 1.0, "bbox": 5.0, config.overlap: 2.0}
+    total = sum(weights[name.split("/")[1]] * value for name, value in result.terms.items())
+    torch.testing.assert_close(result.total.detach(), total)
+    assert all(value.shape == () and not value.requires_grad for value in result.terms.values())
+
+
+@pytest.mark.parametrize("field", ["classification", "bbox", "giou"])
+def test_each_weight_scales_its_terms(field):
+    outputs, targets = make_outputs(1, (3, 2))
+    only = LossWeights(**{name: 3.0 * (name == field) for name in ("classification", "bbox", "giou")})
+    result = CriterionConfig(weights=only)(outputs, targets)
+    term = {"classification": "class"}.get(field, field)
+    expected = 3 * sum(value for name, value in result.terms.items() if name.endswith(f"/{term}"))
+    torch.testing.assert_close(result.total.detach(), expected)
+
+
+@every_config
+def test_permuting_images(config):
+    outputs, targets = make_outputs(2, (3, 0, 5, 1))
+    assert_same(config(*select_images(outputs, targets, [2, 0, 3, 1])), config(outputs, targets))
+
+
+@every_config
+def test_permuting_targets(config):
+    outputs, targets = make_outputs(3, (4, 3))
+    order = torch.tensor([2, 0, 3, 1, 6, 5, 4])
+    inverse = order.argsort()
+    noised = outputs.denoising
+    matches = noised.matches._replace(target=inverse[noised.matches.target])
+    shuffled = Targets(targets.labels[order], targets.boxes[order], targets.counts)
+    result = config(outputs._replace(denoising=noised._replace(matches=matches)), shuffled)
+    assert_same(result, config(outputs, targets))
+
+
+@every_config
+def test_permuting_queries(config):
+    outputs, targets = make_outputs(4, (4, 3))
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    shuffled = outputs._replace(
+        decoder=Prediction(*(part[:, :, order] for part in outputs.decoder)),
+        encoder=Prediction(*(part[:, order] for part in outputs.encoder)),
+    )
+    assert_same(config(shuffled, targets), config(outputs, targets))
+
+
+@every_config
+@pytest.mark.parametrize("filler", [0.0, 50.0, float("nan")])
+def test_padding_of_denoising_queries_is_not_supervised(config, filler):
+    outputs, targets = make_outputs(5, (2, 5))
+    expected, expected_gradients = config(outputs, targets), gradients(config, outputs, targets)
+    noised = outputs.denoising
+    pad = ~noised.valid
+    assert pad.any()
+    with torch.no_grad():
+        for part in noised.decoder:
+            part[:, pad] = filler
+    assert_same(config(outputs, targets), expected)
+    for mine, reference in zip(gradients(config, outputs, targets), expected_gradients, strict=True):
+        torch.testing.assert_close(mine, reference)
+    assert all(part.grad is None for part in noised.decoder)
+    for gradient in gradients(config, outputs, targets)[-2:]:
+        assert gradient[:, pad].abs().max() == 0
+
+
+@every_config
+@pytest.mark.parametrize("parts", [[[0], [1, 2], [3]], [[0, 1, 2], [3]]], ids=str)
+def test_splitting_the_batch(config, parts):
+    """Over processes or accumulation steps, with unequal target counts and one normaliser for all."""
+    outputs, targets = make_outputs(6, (3, 0, 5, 1))
+    whole = config(outputs, targets)
+    for total in (9.0, torch.tensor(9.0), torch.tensor(9)):
+        results = [config(*select_images(outputs, targets, images), total) for images in parts]
+        torch.testing.assert_close(sum(result.total for result in results), whole.total)
+        for name, value in whole.terms.items():
+            torch.testing.assert_close(sum(result.terms[name] for result in results), value)
+    accumulated = [
+        sum(gradient)
+        for gradient in zip(
+            *(
+                torch.autograd.grad(config(*select_images(outputs, targets, images), 9.0).total, leaves_of(outputs))
+                for images in parts
+            ),
+            strict=True,
+        )
+    ]
+    for mine, expected in zip(accumulated, gradients(config, outputs, targets), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@every_config
+def test_number_of_targets_divides_and_is_at_least_one(config):
+    outputs, targets = make_outputs(7, (3, 2))
+    base = config(outputs, targets).total
+    torch.testing.assert_close(config(outputs, targets, 10.0).total, base / 2)
+    torch.testing.assert_close(config(outputs, targets, torch.tensor(10)).total, base / 2)
+    for few in (0, 0.25, torch.tensor(0.0)):
+        torch.testing.assert_close(config(outputs, targets, few).total, base * 5)
+
+
+def test_denoising_is_divided_by_the_groups_of_its_image():
+    outputs, targets = make_outputs(8, (2, 3))
+    doubled = outputs.denoising._replace(num_groups=2 * outputs.denoising.num_groups)
+    base, halved = ALIGN_DETR(outputs, targets), ALIGN_DETR(outputs._replace(denoising=doubled), targets)
+    for name, value in base.terms.items():
+        torch.testing.assert_close(halved.terms[name], value / 2 if name.startswith("denoising") else value)
+
+
+def test_denoising_queries_are_not_ranked():
+    outputs, targets = make_outputs(9, (2, 3))
+    sharp = CriterionConfig(classification=Align(), matcher=Mixed(), prime_sample_tau=0.1)(outputs, targets)
+    equal = CriterionConfig(classification=Align(), matcher=Mixed())(outputs, targets)
+    for name, value in equal.terms.items():
+        same = name.startswith(("denoising", "decoder.2"))  # the last layer has one candidate
+        assert torch.equal(sharp.terms[name], value) == same, name
+
+
+@every_config
+@pytest.mark.parametrize("counts", [(0, 0), (0,)])
+def test_without_targets_boxes_cost_nothing_and_every_gradient_exists(config, counts):
+    outputs, targets = make_outputs(10, counts)
+    result = config(outputs, targets)
+    result.total.backward()
+    for name, value in result.terms.items():
+        if name.startswith("denoising") or not name.endswith("/class"):
+            assert value == 0, name
+        else:
+            assert value > 0, name
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves_of(outputs))
+
+
+def test_a_decoder_alone():
+    outputs, targets = make_outputs(11, (2, 1), encoder_queries=0, denoising=False)
+    result = ALIGN_DETR(outputs, targets)
+    assert {name.split("/")[0] for name in result.terms} == {"decoder.0", "decoder.1", "decoder.2"}
+
+
+def test_targets_are_never_modified():
+    outputs, targets = make_outputs(12, (3, 4))
+    labels, boxes = targets.labels.clone(), targets.boxes.clone()
+    ALIGN_DETR(outputs, targets).total.backward()
+    assert torch.equal(targets.labels, labels)
+    assert torch.equal(targets.boxes, boxes)
+
+
+@every_config
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_under_autocast_computes_in_float32(config, dtype):
+    outputs, targets = make_outputs(13, (3, 4))
+    half = DetectorOutputs(
+        *(Prediction(*(part.detach().to(dtype) for part in prediction)) for prediction in outputs[:2]),
+        outputs.denoising._replace(
+            decoder=Prediction(*(part.detach().to(dtype) for part in outputs.denoising.decoder))
+        ),
+    )
+    widened = DetectorOutputs(
+        *(Prediction(*(part.float() for part in prediction)) for prediction in half[:2]),
+        half.denoising._replace(decoder=Prediction(*(part.float() for part in half.denoising.decoder))),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = config(half, targets)
+    assert result.total.dtype == torch.float32
+    assert_same(result, config(widened, targets))
+
+
+@every_config
+@pytest.mark.parametrize("value", [-100.0, 100.0])
+def test_extreme_logits(config, value):
+    outputs, targets = make_outputs(14, (3, 0, 4))
+    with torch.no_grad():
+        for part in (outputs.decoder, outputs.encoder, outputs.denoising.decoder):
+            part.logits.fill_(value)
+            part.logits[..., ::2] = -value
+    result = config(outputs, targets)
+    assert result.total.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients(config, outputs, targets))
+
+
+@pytest.mark.parametrize("supervision", ["decoder", "encoder", "denoising"])
+def test_non_finite_predictions_are_located(supervision):
+    outputs, targets = make_outputs(15, (3, 4))
+    with torch.no_grad():
+        if supervision == "decoder":
+            outputs.decoder.boxes[1, 1, 2, 0] = float("nan")
+        elif supervision == "encoder":
+            outputs.encoder.logits[1, 3, 2] = float("inf")
+        else:
+            outputs.denoising.decoder.logits[1, 1, 0, 0] = float("nan")
+    layer = 0 if supervision == "encoder" else 1
+    with pytest.raises(NonFinitePredictionError, match=rf"{supervision} layer {layer} for image 1"):
+        ALIGN_DETR(outputs, targets)
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts operators that make the host wait for a device, as they show on a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        waits = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_dim", "is_nonzero"}
+        masked = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if name in waits or masked or (name == "repeat_interleave" and "output_size" not in (kwargs or {})):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@every_config
+def test_nothing_waits_for_the_device_but_the_one_copy_of_the_cost(config):
+    outputs, targets = make_outputs(16, (3, 0, 4))
+    with HostCopies() as copies:
+        config(outputs, targets, torch.tensor(7.0)).total.backward()
+    assert copies.seen == []
+
+
+@pytest.mark.gpu
+@every_config
+def test_synchronisations_on_a_gpu(config, monkeypatch):
+    """At most two in matching and criterion together; and the same losses as on the CPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    outputs, targets = make_outputs(17, (3, 0, 4))
+    on_gpu = DetectorOutputs(
+        *(Prediction(*(part.detach().cuda() for part in prediction)) for prediction in outputs[:2]),
+        Denoising(
+            Prediction(*(part.detach().cuda() for part in outputs.denoising.decoder)),
+            Matches(*(index.cuda() for index in outputs.denoising.matches)),
+            outputs.denoising.num_groups.cuda(),
+            outputs.denoising.valid.cuda(),
+        ),
+    )
+    gpu_targets = targets.to("cuda")
+    expected = config(outputs, targets)
+    assert config(on_gpu, gpu_targets).total.item() == pytest.approx(expected.total.item(), rel=1e-5)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as caught:
+            config(on_gpu, gpu_targets, torch.tensor(7.0, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(caught) <= 2
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, float("nan")])
+def test_tau_must_be_positive(tau):
+    with pytest.raises(ValueError, match="prime_sample_tau"):
+        CriterionConfig(prime_sample_tau=tau)
+
+
+def test_weights_must_not_be_negative():
+    with pytest.raises(ValueError, match="weights"):
+        LossWeights(bbox=-1.0)
+
+
+def test_candidates_are_checked_against_the_model():
+    config = CriterionConfig(matcher=Mixed(candidates=(2, 2, 2, 1)))
+    config.check(num_decoder_layers=3, has_encoder_output=True)
+    with pytest.raises(ValueError, match="lists 4 numbers, but 6 layers"):
+        config.check(num_decoder_layers=6, has_encoder_output=False)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        CriterionConfig(classification=IABCE(alpha=0.5), matcher=Mixed(), prime_sample_tau=1.5),
+        CriterionConfig(classification=IABCE(gamma=1.0), matcher=Mixed(), prime_sample_tau=1.5),
+        CriterionConfig(classification=Focal(), matcher=Mixed(), prime_sample_tau=1.5),
+        CriterionConfig(classification=IABCE(), matcher=Mixed(candidates=3), prime_sample_tau=1.5),
+        CriterionConfig(classification=IABCE(), matcher=Hungarian(), prime_sample_tau=1.5),
+        CriterionConfig(classification=IABCE(), matcher=Mixed(), prime_sample_tau=3.0),
+        CriterionConfig(classification=IABCE(), matcher=Mixed(), prime_sample_tau=None),
+        CriterionConfig(classification=IABCE(), matcher=Mixed(), prime_sample_tau=1.5, overlap="diou"),
+    ],
+    ids=repr,
+)
+def test_every_setting_changes_the_loss(changed):
+    outputs, targets = make_outputs(18, (3, 4))
+    assert changed(outputs, targets).total.item() != pytest.approx(ALIGN_DETR(outputs, targets).total.item(), rel=1e-4)
+
+
+def test_backward_twice_through_a_retained_graph():
+    outputs, targets = make_outputs(19, (3, 4))
+    total = ALIGN_DETR(outputs, targets).total
+    first = torch.autograd.grad(total, leaves_of(outputs), retain_graph=True)
+    second = torch.autograd.grad(total, leaves_of(outputs))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_without_gradients():
+    outputs, targets = make_outputs(20, (3, 4))
+    for context in (torch.no_grad(), torch.inference_mode(), contextlib.nullcontext()):
+        with context:
+            total = ALIGN_DETR(outputs, targets).total
+        assert total.item() == pytest.approx(ALIGN_DETR(outputs, targets).total.item(), rel=1e-6)
