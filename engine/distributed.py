@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+_has_connected = False
+
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 
@@ -67,6 +69,14 @@ def choose_device(choice: DeviceChoice = "auto") -> torch.device:
     return torch.device("cuda", local_rank())
 
 
+def speaks_for_errors() -> bool:
+    """Whether this process should print its own error.
+
+    Before the processes are connected, all on a machine make the same mistake, and its first one says so.
+    """
+    return is_main() or _has_connected or local_rank() == 0
+
+
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
     """Connect the processes that torchrun started; does nothing for a single one.
@@ -87,6 +97,8 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     store = dist.PrefixStore(f"attempt_{restart_count()}", store)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=timeout)
+    global _has_connected
+    _has_connected = True
     try:
         yield
     finally:

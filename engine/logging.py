@@ -35,6 +35,8 @@ def configure(directory: Path | None) -> None:
     else:
         handlers = [logging.StreamHandler(sys.stderr)]
         level, form = logging.WARNING, f"%(asctime)s rank {distributed.rank()}: %(message)s"
+    # A line that cannot be written, as on a full disk, must not bring a traceback with it: checkpoints report the disk.
+    logging.raiseExceptions = False
     for chatty in ("matplotlib", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", handlers=handlers, force=True)
@@ -58,8 +60,11 @@ class Records:
         if not self._active:
             return
         line = {"kind": kind, "step": step, **record}
-        self._file.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write records: {error.strerror}", self._file.name) from error
         for name, value in _scalars(record):
             self._board.add_scalar(f"{kind}/{name}", value, step)
         self._board.flush()

@@ -71,7 +71,8 @@ def open_run(output_dir: Path, resume: str | None, explicit: checkpoint.Loaded |
 def exit_code(run: Callable[[], None]) -> int:
     """Run, and say how it ended: one line on stderr for what is not a programming error, and the exit code.
 
-    Errors of users and lost contacts leave no traceback; unexpected errors keep theirs.
+    Errors of users and lost contacts leave no traceback, unless the environment sets ALIGN_DETR_TRACEBACK=1; unexpected
+    errors keep theirs.
     """
     try:
         run()
@@ -79,7 +80,7 @@ def exit_code(run: Callable[[], None]) -> int:
         log.info("%s; go on with --resume auto", stop)
         return stop.exit_code
     except KeyboardInterrupt:
-        return _complain("interrupted before training began", 130)
+        return _complain("interrupted", 130, same_everywhere=True)
     except DivergedError as error:
         return _complain(str(error), 3, same_everywhere=True)
     except distributed.UserError as error:
@@ -99,8 +100,12 @@ def exit_code(run: Callable[[], None]) -> int:
 
 
 def _complain(message: str, code: int, *, same_everywhere: bool = False) -> int:
-    """Print one line; what all processes know is said by the first only."""
-    if distributed.is_main() or not same_everywhere:
+    """Print one line, and keep it in log.txt; what all processes know is said by the first only."""
+    if distributed.is_main() or (not same_everywhere and distributed.speaks_for_errors()):
         where = "" if distributed.is_main() else f" (rank {distributed.rank()})"
         print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, f"error: {message}", (), None)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
     return code

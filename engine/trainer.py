@@ -71,8 +71,24 @@ class TrainerConfig:
             raise ValueError("max_nonfinite_steps must not be negative and collective_timeout must be positive")
 
 
+class Skipped(Protocol):
+    """Unreadable images."""
+
+    @property
+    def count(self) -> int:
+        """How often this process met one."""
+
+
 class TrainLoader(Protocol):
     """What the trainer needs of a loader: the same batches for the same position, however often it is asked."""
+
+    @property
+    def skipped(self) -> Skipped:
+        """Unreadable images, which were replaced by others."""
+
+    @property
+    def worker_restarts(self) -> int:
+        """How often data-loading workers died and were replaced."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -268,8 +284,11 @@ class Trainer:
         record["lr"] = max(group["lr"] for group in groups)
         record["lrs"] = {group["name"]: group["lr"] for group in groups}
         record["loss_scale"] = float(self.optimizer_step.scaler.get_scale())
-        record["counters"] = dict(self.faults.counters)
-        log.info(progress.line(self.step, record))
+        skipped, restarts = distributed.host_sum([self.loader.skipped.count, self.loader.worker_restarts])
+        record["counters"] = {**self.faults.counters, "skipped_images": skipped, "worker_restarts": restarts}
+        # What went wrong so far is on every line from then on.
+        troubles = [f"  {name.replace('_', ' ')} {count}" for name, count in record["counters"].items() if count]
+        log.info("%s%s", progress.line(self.step, record), "".join(troubles))
         if records is not None:
             records.write("train", self.step, record)
 

@@ -19,6 +19,7 @@ import socket
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,9 @@ class TinyLoader:
         self.batch_size, self.accumulation_steps, self.delay = batch_size, accumulation_steps, delay
         self._steps_per_epoch = steps_per_epoch
         self.spoil: Callable[[int, Batch], Batch] = lambda step, batch: batch
+        self.skipped = types.SimpleNamespace(count=0)
+
+    worker_restarts = 0
 
     @property
     def steps_per_epoch(self) -> int:
