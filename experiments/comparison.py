@@ -176,7 +176,10 @@ def _fits(candidate: Group, part: str) -> bool:
     key, separator, value = part.partition("=")
     if not separator:
         return candidate.variant == part
-    wanted = _comparable(yaml.safe_load(value))
+    try:
+        wanted = _comparable(float(value))
+    except ValueError:
+        wanted = _comparable(yaml.safe_load(value))
     return any(
         (own == key or own.endswith(f".{key}")) and (_comparable(found) == wanted or text_of(found) == value)
         for own, found in candidate.settings.items()

@@ -63,6 +63,9 @@ def make_plan(sweep: Sweep, out: Path, decode: Decode) -> Plan:
     Raises:
         ValueError: a combination is not a valid configuration, or two are the same.
     """
+    chosen_by_hand = {*sweep.overrides, *sweep.grid, *(key for settings in sweep.variants.values() for key in settings)}
+    if "output_dir" in chosen_by_hand:
+        raise ValueError("output_dir is set by the sweep, to a directory below --out for each run")
     variants: list[tuple[str | None, dict[str, str]]] = [(None, {})]
     if sweep.variants:
         variants = list(sweep.variants.items())

@@ -58,9 +58,10 @@ arguments=(
 
 name=${{names[$SLURM_ARRAY_TASK_ID]}}
 mkdir -p {state}
-eval "torchrun --standalone --nproc-per-node {launch.processes} ${{arguments[$SLURM_ARRAY_TASK_ID]}}" &
-child=$!
 stopped=0
+# The ampersand inside makes the program itself the child, not a shell that would keep the signal from it.
+eval "torchrun --standalone --nproc-per-node {launch.processes} ${{arguments[$SLURM_ARRAY_TASK_ID]}} &"
+child=$!
 trap 'stopped=1; kill -TERM "$child"' TERM
 wait "$child"; code=$?
 # A trapped signal ends the first wait; the run itself ends once its checkpoint is written.

@@ -134,13 +134,13 @@ def _overrides(value: Any, where: str) -> dict[str, str]:
 
 def _axis(key: str, value: Any, where: str) -> list[str]:
     """Values of a grid key: a list, or text as on the command line (``0..2``)."""
-    if isinstance(value, list):
-        values = [_text(item) for item in value]
-        check_distinct(key, values)
-    elif isinstance(value, str):
-        values = parse_axis(f"{key}={value}")[1]
-    else:
+    if not isinstance(value, (list, str)):
         raise ValueError(f"{where}: expected a list of values or a range such as 0..2, found {value!r}")
+    try:
+        values = parse_axis(f"{key}={value}")[1] if isinstance(value, str) else [_text(item) for item in value]
+        check_distinct(key, values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     if not values:
         raise ValueError(f"{where}: the list is empty")
     return values

@@ -1,0 +1,132 @@
+"""The real tools one after the other on tiny trainings: sweep, compare, analyze."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from analysis import style
+from analysis.detections_file import read_rows
+from datasets.shapes import ShapesConfig, generate
+from engine import checkpoint
+from experiments.runs import read_run
+from tools import analyze, compare, sweep
+
+RUN = """
+model:
+  backbone: {model: resnet10t, pretrained: false, norm: batch, frozen_stages: 0}
+  num_levels: 3
+  embed_dim: 32
+  num_heads: 4
+  encoder_layers: 1
+  decoder_layers: 2
+  ffn_dim: 32
+  num_queries: 12
+  denoising: {queries: 4}
+  detections_per_image: 20
+criterion: {classification: {name: ia_bce}}
+data:
+  train: {images: shapes/images/train, annotations: shapes/annotations/instances_train.json}
+  val: {images: shapes/images/val, annotations: shapes/annotations/instances_val.json}
+  batch_size: 4
+  eval_batch_size: 4
+  num_workers: 0
+optimizer: {lr: 1e-3, lr_scales: {}}
+schedule: {name: cosine, steps: 3, warmup_steps: 0}
+trainer: {eval_every_steps: 2, log_every: 1, device: cpu}
+"""
+FIGURES = (
+    "best_regressed_recall", "iou_histograms", "score_iou", "calibration", "oracle", "error_types", "precision_recall",
+    "per_class", "worst_images", "sampling_points",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> Path:
+    """A sweep over two losses."""
+    directory = tmp_path_factory.mktemp("ablation")
+    settings = ShapesConfig(train_images=8, val_images=6, image_size=64, max_object_size=40, max_objects=3)
+    generate(directory / "shapes", settings, processes=1)
+    (directory / "run.yaml").write_text(RUN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.setattr("experiments.launch.REPORT_SECONDS", 0.5)
+        axes = ["criterion.classification=focal,ia_bce"]
+        assert sweep.main(["--cfg", "run.yaml", *axes, "--out", "runs/loss"]) == 0
+    return directory
+
+
+@pytest.mark.slow
+def test_sweep_compare_and_analyze(swept, monkeypatch, capsys):
+    monkeypatch.chdir(swept)
+    monkeypatch.setattr(style, "DPI", 55)
+    runs = [read_run(swept / "runs" / "loss" / f"classification-{name}") for name in ("focal", "ia_bce")]
+    assert [run.state for run in runs] == ["done", "done"]
+    assert [record["step"] for record in runs[0].evals] == [2, 3]
+    assert read_rows(runs[0].directory / "detections.npz").shape[1] == 7
+
+    # Again: nothing is left to do.
+    modified = (runs[0].directory / "metrics.jsonl").stat().st_mtime_ns
+    assert sweep.main(["--out", "runs/loss"]) == 0
+    assert (runs[0].directory / "metrics.jsonl").stat().st_mtime_ns == modified
+
+    capsys.readouterr()
+    assert compare.main(["runs/loss", "--baseline", "name=focal", "--samples", "50"]) == 0
+    table = capsys.readouterr().out
+    assert "focal" in table
+    assert "no interval" not in table
+    assert "paired bootstrap" in table
+
+    checkpoints = [run.directory / "checkpoint_last.pth" for run in runs]
+    assert analyze.main(["--resume", *map(str, checkpoints), "--out", "analysis", "--threshold", "0.01"]) == 0
+    content = json.loads((swept / "analysis" / "analysis.json").read_text())
+    assert [entry["label"] for entry in content["checkpoints"]] == ["classification-focal", "classification-ia_bce"]
+    for entry, run in zip(content["checkpoints"], runs, strict=True):
+        assert entry["metrics"]["AP"] == pytest.approx(run.evals[-1]["AP"], abs=1e-6)
+        assert entry["oracle"]["as_is"] == pytest.approx(entry["metrics"]["AP"], abs=1e-6)
+        assert entry["errors"]["ap50"] == pytest.approx(entry["metrics"]["AP50"], abs=1e-6)
+        classes = [list(values.values()) for values in entry["average_precision_by_class"].values()]
+        means = [np.mean(values) for values in classes if None not in values]
+        assert np.mean(means) == pytest.approx(entry["metrics"]["AP"], abs=1e-6)
+    for name in FIGURES:
+        assert (swept / "analysis" / f"{name}.png").stat().st_size > 1000
+    assert len(list((swept / "analysis" / "events").rglob("events.out.tfevents.*"))) == 3
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_line(swept, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(swept)
+    good = swept / "runs" / "loss" / "classification-focal" / "checkpoint_last.pth"
+    other = torch.load(good, weights_only=True)
+    other["categories"] = other["categories"][:3]
+    other = {key: value for key, value in other.items() if key != "format"}
+    checkpoint.write(tmp_path, other)
+    annotations = json.loads(Path("shapes/annotations/instances_val.json").read_text())
+    annotations["images"] = annotations["images"][:3]
+    kept = {image["id"] for image in annotations["images"]}
+    annotations["annotations"] = [a for a in annotations["annotations"] if a["image_id"] in kept]
+    (tmp_path / "fewer.json").write_text(json.dumps(annotations))
+    cases = [
+        (["--resume", "nowhere.pth"], "nowhere.pth: there is no such checkpoint"),
+        (["--resume", str(good), str(tmp_path / "checkpoint_last.pth")], "categories that the training data does not"),
+        (["--resume", str(good), "--labels", "a", "b"], "2 labels for 1 checkpoints"),
+        (["--resume", str(good), "--images", "1"], "image 1 is not in the validation set"),
+        (["--resume", str(good), "--set", "data.val.annotations=gone.json"], "no annotation file gone.json"),
+    ]
+    for arguments, words in cases:
+        assert analyze.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+        message = capsys.readouterr().err
+        assert words in message
+        assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_tell_checkpoints_apart():
+    paths = [Path("runs/a/checkpoint_best.pth"), Path("runs/b/checkpoint_best.pth")]
+    assert analyze.labels_of(paths) == ["a", "b"]
+    assert analyze.labels_of([paths[0], Path("runs/a/checkpoint_last.pth")]) == ["a/best", "a/last"]
+    assert analyze.labels_of([paths[0], Path("other/a/checkpoint_best.pth")]) == ["A: a/best", "B: a/best"]

@@ -1,0 +1,136 @@
+"""The sweep command: what it shows, what it refuses, and the sweep files that come with the project."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+
+import pytest
+import yaml
+
+import config
+from experiments.comparison import collect, find_baseline, group
+from experiments.plan import make_plan, write_manifest
+from experiments.sweep_file import read_sweep
+from tools import sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+
+RUN = """
+data:
+  train: {images: a, annotations: b}
+  val: {images: c, annotations: d}
+criterion: {classification: {name: ia_bce}}
+"""
+
+
+@pytest.fixture
+def cfg(tmp_path, monkeypatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(RUN)
+    return "run.yaml"
+
+
+GRID = ("criterion.classification.alpha=0,0.5", "seed=0..1")
+
+
+def test_dry_run_lists_every_run_and_writes_nothing(cfg, capsys, tmp_path):
+    assert sweep.main(["--cfg", cfg, *GRID, "--out", "runs/alpha", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[0].split() == ["alpha-0_seed-0", "missing", "criterion.classification.alpha=0", "seed=0"]
+    assert lines[-1] == "4 runs, 0 done"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_list_prints_one_complete_command_a_line(cfg, capsys):
+    arguments = ["--cfg", cfg, *GRID, "optimizer.lr=1e-3", "--out", "runs/a", "--list", "--nproc-per-node", "2"]
+    assert sweep.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[3] == (
+        f"torchrun --standalone --nproc-per-node 2 {ROOT / 'main.py'} --cfg run.yaml optimizer.lr=1e-3 "
+        "criterion.classification.alpha=0.5 seed=1 output_dir=runs/a/alpha-0.5_seed-1 --resume auto"
+    )
+
+
+def test_slurm_writes_a_script_and_the_manifest(cfg, capsys, tmp_path):
+    assert sweep.main(["--cfg", cfg, *GRID, "--out", "runs/a", "--slurm", "--nproc-per-node", "8"]) == 0
+    assert "sbatch runs/a/sweep.sbatch" in capsys.readouterr().out
+    text = (tmp_path / "runs" / "a" / "sweep.sbatch").read_text()
+    assert "--array=0-3" in text
+    assert f"cd {tmp_path}" in text
+    # From now on the directory says what the sweep is.
+    assert sweep.main(["--out", "runs/a", "--dry-run"]) == 0
+    assert "4 runs, 0 done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--cfg", "run.yaml", "criterion.classification.alfa=0,1"],
+            "run alfa-0: *unknown key 'alfa', did you mean 'alpha'",
+        ),
+        (["--cfg", "run.yaml", "criterion.classification.alpha=0,7"], "run alpha-7: * alpha must be in [[]0, 1[]]"),
+        (["--cfg", "run.yaml"], "the grid is empty"),
+        (["--cfg", "run.yaml", "seed=3..1"], "holds nothing"),
+        (["--cfg", "nowhere.yaml", "seed=0..1"], "nowhere.yaml: cannot read the configuration"),
+        (["--sweep", "nowhere.yaml"], "nowhere.yaml: cannot read the sweep"),
+        ([], "--cfg or --sweep is needed"),
+        (["--cfg", "run.yaml", "seed=0..1", "--jobs", "0"], "--jobs and --nproc-per-node must be at least 1"),
+        (["--cfg", "run.yaml", "output_dir=a,b"], "output_dir is set by the sweep"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_starts(cfg, capsys, tmp_path, arguments, words):
+    assert sweep.main([*arguments, "--out", "runs/a"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert fnmatch.fnmatch(message, f"*{words}*"), message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_directory_with_another_runs_configuration_is_refused(cfg, capsys, tmp_path):
+    directory = tmp_path / "runs" / "a" / "seed-0"
+    directory.mkdir(parents=True)
+    values = config.to_dict(config.load(cfg, ["optimizer.lr=0.5", "data.num_workers=9"]))
+    (directory / "config.yaml").write_text(yaml.safe_dump(values))
+    assert sweep.main(["--cfg", cfg, "seed=0,1", "--out", "runs/a", "--dry-run"]) == 2
+    message = capsys.readouterr().err
+    assert "runs/a/seed-0 holds a run with optimizer.lr=0.5, the sweep wants " in message
+
+
+def test_a_sweep_grows_and_remembers(cfg, capsys):
+    assert sweep.main(["--cfg", cfg, "seed=0..1", "--out", "runs/a", "--slurm", "--baseline", "seed=0"]) == 0
+    assert sweep.main(["--cfg", cfg, "seed=0..3", "--out", "runs/a", "--dry-run"]) == 0
+    assert "4 runs, 0 done" in capsys.readouterr().out
+    assert sweep.main(["seed=5", "--out", "runs/a", "--dry-run"]) == 2
+    assert "give its --cfg or --sweep as well" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
+def test_every_sweep_file_is_valid_in_all_its_combinations(path, tmp_path):
+    plan = make_plan(read_sweep(path), tmp_path / "out", lambda c, o: config.to_dict(config.load(c, o)))
+    assert len(plan.runs) >= 3
+    write_manifest(plan)
+    groups = group(collect([plan.out], lambda c, o: config.to_dict(config.load(c, o)))[0])
+    assert plan.baseline is not None
+    assert find_baseline(groups, plan.baseline) == 0
+    seeds = len({run.overrides[-1] for run in plan.runs})
+    assert len(groups) * seeds == len(plan.runs)
+    assert path.stem.endswith("_coco") == (seeds == 1)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
+def test_every_sweep_file_says_what_it_is(path):
+    header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    for word in ("source:", "run time:", f"command:  python -m tools.sweep --sweep configs/sweeps/{path.name} --out"):
+        assert word in header
+
+
+def test_each_ablation_has_a_coco_and_a_small_form():
+    stems = {path.stem for path in SWEEPS}
+    for name in {stem.rsplit("_", 1)[0] for stem in stems}:
+        assert {f"{name}_coco", f"{name}_shapes"} <= stems
