@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("ops", "models", "matchers", "losses", "datasets", "engine", "tools", "benchmarks")
+PACKAGES = (
+    "ops",
+    "models",
+    "matchers",
+    "losses",
+    "datasets",
+    "engine",
+    "analysis",
+    "experiments",
+    "tools",
+    "benchmarks",
+)
 MODULES = ("main", "config", "schema", "structures")
 ALLOWED = {
     "structures": set(),
@@ -18,6 +29,7 @@ ALLOWED = {
     "datasets": {"structures", "ops"},
     "losses": {"structures", "ops", "matchers"},
     "engine": {"structures", "ops"},
+    "analysis": {"structures", "ops", "engine"},
     "schema": set(),
     "config": {"structures", "schema", "ops", "models", "matchers", "losses", "datasets", "engine"},
 }
