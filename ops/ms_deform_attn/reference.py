@@ -92,7 +92,9 @@ def _sample(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], pixels: Te
     levels = value.split([h * w for h, w in spatial_shapes], 1)
     for level, (h, w) in enumerate(spatial_shapes):
         maps = levels[level].permute(0, 2, 3, 1).reshape(B * H, D, h, w)
-        grid = (2 * pixels[:, :, :, level] + 1) / pixels.new_tensor([w, h]) - 1
+        # Python numbers as operands, not a tensor made of them: that would fix the sizes in an exported graph.
+        x, y = pixels[:, :, :, level].unbind(-1)
+        grid = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], dim=-1)
         grid = grid.transpose(1, 2).reshape(B * H, Q, P, 2)
         samples = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         total = total + (samples * weights[:, :, :, level].transpose(1, 2).reshape(B * H, 1, Q, P)).sum(-1)

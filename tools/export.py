@@ -1,0 +1,226 @@
+"""Export a checkpoint for use without this project, as ONNX or as a torch.export program.
+
+    python -m tools.export --resume runs/k3/checkpoint_best.pth --format onnx --out detector.onnx
+
+Batch size and image size stay free. Inputs: ``images`` [B, 3, H, W] float32, RGB pixels from 0 to 255, each resized as
+in evaluation and padded on the right and at the bottom with anything; ``image_sizes`` [B, 2] int64, (height, width)
+before padding. Outputs, best first: ``scores`` [B, N], ``labels`` [B, N] int64, ``boxes`` [B, N, 4] xyxy in pixels of
+``images``. The result is checked against the model on batches of one and three images of two sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from config import Config
+from structures import Batch, Prediction, Targets
+from tools.detector import load_model
+
+Format = Literal["onnx", "torch_export"]
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+INPUTS, OUTPUTS = ("images", "image_sizes"), ("scores", "labels", "boxes")
+TOLERANCE = 1e-3
+"""Largest difference of scores, and of boxes relative to the image, that the check accepts."""
+SMALLEST = 65
+"""Least height and width: below, levels shrink to a single pixel, which would need a graph of its own."""
+CHECKED = ((1, 192, 256), (3, 160, 224))
+"""(batch, height, width) of the checks."""
+
+
+class Deployed(nn.Module):
+    """A detector from pixels to boxes with tensors only, as it is exported."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], top_k: int) -> None:
+        super().__init__()
+        self.model, self.top_k = model, top_k
+        self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> Outputs:
+        """Detect.
+
+        Args:
+            images: [B, 3, H, W] float32 RGB in 0..255.
+            image_sizes: [B, 2] int64 (height, width) without padding.
+
+        Returns:
+            scores [B, N], labels [B, N], boxes [B, N, 4] xyxy in pixels.
+        """
+        rows = torch.arange(images.shape[2], device=images.device)[None] < image_sizes[:, :1]
+        columns = torch.arange(images.shape[3], device=images.device)[None] < image_sizes[:, 1:]
+        inside = (rows[:, :, None] & columns[:, None])[:, None]
+        # Padding is zero after normalisation, as in training; no matter what the caller pads with.
+        normalised = (images - self.mean) / self.std * inside
+        none = torch.zeros(0, dtype=torch.int64, device=images.device)
+        targets = Targets(none, torch.zeros(0, 4, device=images.device), ())
+        outputs = self.model(Batch(normalised, image_sizes, targets, none, image_sizes, ()))
+        logits, boxes = outputs.decoder.logits[-1], outputs.decoder.boxes[-1]
+        return select_best(Prediction(logits, boxes), image_sizes, self.top_k)
+
+
+def select_best(prediction: Prediction, image_sizes: Tensor, top_k: int) -> Outputs:
+    """What ``models.postprocess`` does, for all images in one tensor."""
+    num_queries, num_classes = prediction.logits.shape[-2:]
+    scores, index = prediction.logits.sigmoid().flatten(1).topk(min(top_k, num_queries * num_classes))
+    query = (index // num_classes)[..., None].expand(-1, -1, 4)
+    centre, size = prediction.boxes.gather(1, query).split(2, dim=-1)
+    corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1)
+    return scores, index % num_classes, corners * image_sizes.flip(-1).repeat(1, 2)[:, None].to(corners.dtype)
+
+
+def example(batch: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Pixels and sizes; all images but the first are smaller than the padded size."""
+    images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 255
+    sizes = torch.tensor([[height - 13 * i, width - 7 * i] for i in range(batch)])
+    return images, sizes
+
+
+def export_program(deployed: Deployed) -> torch.export.ExportedProgram:
+    """The detector as a graph whose batch and image sizes are free."""
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    height, width = (torch.export.Dim(name, min=SMALLEST, max=8192) for name in ("height", "width"))
+    shapes = {"images": {0: batch, 2: height, 3: width}, "image_sizes": {0: batch}}
+    # Two different images: a size of one, or equal sides, would be taken for a rule.
+    return torch.export.export(
+        deployed,
+        example(2, 192, 256),
+        dynamic_shapes=shapes,
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+
+
+def write(program: torch.export.ExportedProgram, kind: Format, path: Path, class_names: Sequence[str]) -> None:
+    """Write the file, the class names in it.
+
+    Raises:
+        ValueError: the packages for ONNX are not installed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "torch_export":
+        torch.export.save(program, path, extra_files={"class_names.json": json.dumps(list(class_names))})
+        return
+    try:
+        onnx_program = torch.onnx.export(
+            program, input_names=list(INPUTS), output_names=list(OUTPUTS), opset_version=18, dynamo=True, verbose=False
+        )
+    except ImportError as error:
+        raise ValueError("ONNX needs more packages: pip install -r requirements-export.txt") from error
+    assert onnx_program is not None
+    onnx_program.model.metadata_props["class_names"] = json.dumps(list(class_names))
+    onnx_program.save(path, external_data=False)
+
+
+def read(kind: Format, path: Path) -> Callable[[Tensor, Tensor], Outputs]:
+    """The exported file as a function, run by what users run it with.
+
+    Raises:
+        ValueError: onnxruntime is not installed.
+    """
+    if kind == "torch_export":
+        module: Any = torch.export.load(path).module()
+        return module
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError("ONNX needs more packages: pip install -r requirements-export.txt") from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor, image_sizes: Tensor) -> Outputs:
+        results = session.run(list(OUTPUTS), {"images": images.numpy(), "image_sizes": image_sizes.numpy()})
+        scores, labels, boxes = (torch.from_numpy(result) for result in results)
+        return scores, labels, boxes
+
+    return run
+
+
+def largest_difference(ours: Outputs, theirs: Outputs, image_sizes: Tensor) -> float:
+    """Of scores, and of boxes relative to the image, over detections that are told apart by their scores.
+
+    Detections of nearly equal scores may come in another order; they are compared as a set.
+    """
+    scores = (ours[0] - theirs[0]).abs().max()
+    scale = image_sizes.flip(-1).repeat(1, 2)[:, None]
+    worst = [float(scores)]
+    for image in range(len(ours[0])):
+        boxes, other = ours[2][image] / scale[image], theirs[2][image] / scale[image]
+        distance = (boxes[:, None] - other[None]).abs().amax(dim=-1)
+        distance = distance.masked_fill(ours[1][image][:, None] != theirs[1][image][None], torch.inf)
+        # The last ones may have a partner beyond the cut.
+        clear = ours[0][image] > ours[0][image][-1] + TOLERANCE
+        if clear.any():
+            worst.append(float(distance.amin(dim=1)[clear].max()))
+    return max(worst)
+
+
+def check(deployed: Deployed, run: Callable[[Tensor, Tensor], Outputs]) -> float:
+    """Compare on batches of one and three images of two sizes; returns the largest difference.
+
+    Raises:
+        ValueError: it is more than ``TOLERANCE``.
+    """
+    worst = 0.0
+    for seed, (batch, height, width) in enumerate(CHECKED):
+        images, sizes = example(batch, height, width, seed)
+        with torch.inference_mode():
+            expected = deployed(images, sizes)
+            found = run(images, sizes)
+        worst = max(worst, largest_difference(expected, found, sizes))
+    if worst > TOLERANCE:
+        raise ValueError(f"the exported detector differs from the model by {worst:.1e}, more than {TOLERANCE:g}")
+    return worst
+
+
+def export(path: Path, kind: Format, out: Path, overrides: Sequence[str] = ()) -> float:
+    """Export and check; returns the largest difference from the model.
+
+    Raises:
+        ValueError: the checkpoint, an override or the result is wrong, or packages are missing.
+    """
+    model, config, categories = load_model(path, overrides)
+    deployed = deploy(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # While it is exported, the attention op takes its plain PyTorch form, whatever the configured backend.
+        write(export_program(deployed), kind, out, [category.name for category in categories])
+    return check(deployed, read(kind, out))
+
+
+def deploy(model: nn.Module, config: Config) -> Deployed:
+    """The module that is exported."""
+    return Deployed(model, config.data.mean, config.data.std, config.model.detections_per_image).eval()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__.split("\n")[0])
+    parser.add_argument("--resume", type=Path, required=True, help="checkpoint")
+    parser.add_argument("--format", choices=("onnx", "torch_export"), default="onnx", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, help="file to write (detector.onnx or detector.pt2)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the configuration")
+    options = parser.parse_intermixed_args(arguments)
+    out = options.out or Path("detector.onnx" if options.format == "onnx" else "detector.pt2")
+    try:
+        difference = export(options.resume, options.format, out, options.overrides)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {out}; differs from the model by {difference:.1e} at most")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
