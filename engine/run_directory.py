@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from engine import checkpoint
+
+log = logging.getLogger(__name__)
 
 CONFIG, METRICS, LOG, ENVIRONMENT, LOCK = "config.yaml", "metrics.jsonl", "log.txt", "environment.jsonl", ".lock"
 CURVES, PREDICTIONS = "curves.png", "predictions.png"
@@ -36,21 +40,27 @@ class RunDirectory:
         except OSError as error:
             raise ValueError(f"output_dir={path} cannot be written: {error.strerror}") from error
         try:
+            self._lock_or_refuse()
             self._claim(resuming)
         except ValueError:
             os.close(self._lock)
             raise
 
-    def _claim(self, resuming: bool) -> None:
+    def _lock_or_refuse(self) -> None:
         try:
             # A record lock: the kernel drops it with this process, and forked data-loading workers do not inherit it.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                log.warning("output_dir=%s: no locks on this file system, two runs could share it", self.path)
+                return
             owner = os.pread(self._lock, 100, 0).decode(errors="replace").strip()
             by = f" (process {owner})" if owner else ""
             raise ValueError(
                 f"output_dir={self.path} is in use by another run{by}: choose another output_dir"
             ) from error
+
+    def _claim(self, resuming: bool) -> None:
         if not resuming:
             found = [
                 name for name in (checkpoint.LAST, checkpoint.BEST, METRICS, CONFIG) if (self.path / name).exists()

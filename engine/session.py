@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from engine import checkpoint, distributed
 from engine.faults import DivergedError
 from engine.run_directory import RunDirectory
@@ -89,6 +91,13 @@ def exit_code(run: Callable[[], None]) -> int:
         if os.environ.get("ALIGN_DETR_TRACEBACK"):
             raise
         return _complain(distributed.describe_error(error), 2)
+    except torch.OutOfMemoryError as error:
+        reason = distributed.describe_error(error).partition(". ")[0]
+        return _complain(
+            f"{reason}: raise trainer.accumulation_steps, lower data.batch_size or the image size, or recompute "
+            "activations (model.gradient_checkpointing=true)",
+            2,
+        )
     except RuntimeError as error:
         if not distributed.is_lost_peer(error):
             raise

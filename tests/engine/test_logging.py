@@ -78,6 +78,7 @@ def test_full_disk_names_the_file(tmp_path: Path) -> None:
         (DivergedError("bad"), 3, "error: bad\n"),
         (ValueError("two\nlines"), 2, "error: two lines\n"),
         (FileNotFoundError(2, "No such file or directory", "x.json"), 2, "error: x.json: No such file or directory\n"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "error: CUDA out of memory: raise trainer.accum"),
         (RuntimeError("[pair.cc] Connection closed by peer [::1]"), 1, "error: lost contact with another process, "),
     ],
 )

@@ -1,5 +1,7 @@
 """One directory, one run, one process."""
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -95,3 +97,14 @@ def test_records_of_repeated_steps_are_forgotten(tmp_path: Path) -> None:
         forget_after(tmp_path, 2, evaluated=evaluated)
         kept = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert kept == expected
+
+
+def test_file_systems_without_locks_are_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    RunDirectory(tmp_path / "run", resuming=False).close()
+    assert "no locks on this file system" in caplog.text
