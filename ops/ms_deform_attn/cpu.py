@@ -24,9 +24,6 @@ BUILD_SECONDS = 300
 VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 MAX_PIXELS = 2**31 - 1
 """Pixel indices within an image are 32-bit."""
-QUERY_COST = 4
-"""How many pixels can be copied in the time that a query takes."""
-
 _POINTERS = (
     *("shapes", "valid", "value", "reference", "samples", "weights", "output"),
     *("grad_output", "grad_value", "grad_samples", "grad_weights", "grad_reference"),
@@ -41,8 +38,7 @@ class _Problem(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("images", "pixels", "queries", "heads", "channels", "levels", "points", "value_type")
         ),
-        *((name, ctypes.c_int64) for name in ("fused", "reference_size")),
-        *((name, ctypes.c_int64) for name in ("image_stride", "pixel_stride", "head_stride", "threads")),
+        *((name, ctypes.c_int64) for name in ("fused", "reference_size", "threads")),
         *((name, ctypes.c_void_p) for name in _POINTERS),
     )
 
@@ -157,8 +153,7 @@ def backward(
     """Gradients of value, reference (None unless needed), samples and weights, each in its own dtype."""
     wide = value.to(torch.float32) if value.dtype in (torch.bfloat16, torch.float16) else value
     call = _Call(wide, spatial_shapes, valid_sizes, reference, samples, weights)
-    B, S, H, D = value.shape
-    grad_value = torch.zeros((B, H, S, D) if call.by_head else (B, S, H, D), dtype=call.dtype)
+    grad_value = torch.zeros(value.shape, dtype=call.dtype)
     grad_samples = torch.empty(samples.shape, dtype=call.dtype)
     grad_weights = torch.empty(weights.shape, dtype=call.dtype)
     grad_reference = None
@@ -174,10 +169,7 @@ def backward(
     )
     if grad_reference is not None and reference is not None:
         grad_reference = grad_reference.to(reference.dtype)
-    if call.by_head:
-        grad_value = grad_value.transpose(1, 2)
-    grad_value = grad_value.to(value.dtype, memory_format=torch.contiguous_format)
-    return grad_value, grad_reference, grad_samples.to(samples.dtype), grad_weights.to(weights.dtype)
+    return grad_value.to(value.dtype), grad_reference, grad_samples.to(samples.dtype), grad_weights.to(weights.dtype)
 
 
 class _Call:
@@ -195,11 +187,6 @@ class _Call:
         self.dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
         B, S, H, D = value.shape
         _, Q, _, L, P, _ = samples.shape
-        # With many queries per pixel, a head's map is worth gathering first: strided over all heads, it would fall into
-        # few sets of the caches and many pages.
-        self.by_head = Q * QUERY_COST >= S
-        if self.by_head:
-            value = value.transpose(1, 2).to(self.dtype)
         self.problem = _Problem(
             images=B,
             pixels=S,
@@ -211,9 +198,6 @@ class _Call:
             value_type=VALUE_TYPES[value.dtype],
             fused=valid_sizes is not None,
             reference_size=0 if reference is None else reference.shape[-1],
-            image_stride=S * H * D,
-            pixel_stride=D if self.by_head else H * D,
-            head_stride=S * D if self.by_head else D,
             threads=torch.get_num_threads(),
         )
         self.empty = B * Q == 0

@@ -110,22 +110,55 @@ template <class T, class A> struct Channels<T, A, 0> {
   }
 };
 
-template <class T, class A, int D> void forward(const Problem& p) {
+// With many queries per pixel, a head's map is worth copying into one piece first: read in place, its rows are far apart,
+// which falls into few sets of the caches and many pages. Four pixels can be copied in the time that a query takes.
+bool worth_copying(const Problem& p) { return p.heads > 1 && 4 * p.queries >= p.pixels; }
+
+// Copies the channels of one head, from is the first; the copy has the accumulation type.
+template <class T, class A> void copy_map(const Problem& p, const T* from, int64_t pixels, std::vector<A>& to) {
+  const int64_t stride = p.heads * p.channels;
+  to.resize(pixels * p.channels);
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t c = 0; c < p.channels; ++c) to[i * p.channels + c] = scalar(from[i * stride + c]);
+}
+
+template <class T, class A, int D> void forward_in_place(const Problem& p) {
   // Blocks of neighbouring queries read neighbouring pixels: small enough for balance, large enough for the cache.
   constexpr int64_t block = 64;
-  const int64_t blocks = (p.queries + block - 1) / block;
+  const int64_t blocks = (p.queries + block - 1) / block, stride = p.heads * p.channels;
   parallel(p.images * blocks, p.threads, [&](int64_t task) {
     const int64_t image = task / blocks, first = task % blocks * block;
     Samples<A> samples(p, 0, p.levels);
     samples.set_image(image);
-    const T* value = static_cast<const T*>(p.value) + image * p.image_stride;
+    const T* value = static_cast<const T*>(p.value) + image * p.pixels * stride;
     for (int64_t q = first; q < std::min(first + block, p.queries); ++q) {
       for (int64_t head = 0; head < p.heads; ++head) {
         const int64_t query = image * p.queries + q, row = query * p.heads + head;
         samples.prepare(query, row);
-        Channels<T, A, D>::gather(samples, value + head * p.head_stride, p.pixel_stride, p.channels,
-                               static_cast<A*>(p.output) + row * p.channels);
+        Channels<T, A, D>::gather(samples, value + head * p.channels, stride, p.channels,
+                                  static_cast<A*>(p.output) + row * p.channels);
       }
+    }
+  });
+}
+
+template <class T, class A, int D> void forward(const Problem& p) {
+  if (!worth_copying(p)) return forward_in_place<T, A, D>(p);
+  // One image and head is a task, or where there are few of them for the threads, a part of its queries.
+  const int64_t maps = p.images * p.heads, stride = p.heads * p.channels;
+  const int64_t parts = maps % p.threads == 0 || maps >= 4 * p.threads ? 1 : (4 * p.threads + maps - 1) / maps;
+  const int64_t block = (p.queries + parts - 1) / parts;
+  parallel(maps * parts, p.threads, [&](int64_t task) {
+    const int64_t image = task / parts / p.heads, head = task / parts % p.heads, first = task % parts * block;
+    std::vector<A> map;
+    copy_map(p, static_cast<const T*>(p.value) + image * p.pixels * stride + head * p.channels, p.pixels, map);
+    Samples<A> samples(p, 0, p.levels);
+    samples.set_image(image);
+    for (int64_t q = first; q < std::min(first + block, p.queries); ++q) {
+      const int64_t query = image * p.queries + q, row = query * p.heads + head;
+      samples.prepare(query, row);
+      Channels<A, A, D>::gather(samples, map.data(), p.channels, p.channels,
+                                static_cast<A*>(p.output) + row * p.channels);
     }
   });
 }
@@ -201,23 +234,34 @@ template <class A> void finish_fused(const Problem& p, Samples<A>& samples, int6
 template <class A, int D> void backward(const Problem& p) {
   // One image, head and level of grad_value belongs to one task, which adds in the order of queries: no races, and the
   // same result to the bit for any number of threads. Whole heads cost less where there are enough of them.
-  const int64_t maps = p.images * p.heads;
-  const bool split = maps % p.threads != 0 && maps < 4 * p.threads;
+  const int64_t maps = p.images * p.heads, stride = p.heads * p.channels;
+  const bool split = maps % p.threads != 0 && maps < 4 * p.threads, copied = worth_copying(p);
   const int64_t parts = split ? p.levels : 1, levels = p.levels / parts;
   parallel(maps * parts, p.threads, [&](int64_t task) {
     const int64_t part = task % parts, image = task / parts / p.heads, head = task / parts % p.heads;
     Samples<A> samples(p, part * levels, (part + 1) * levels);
     samples.set_image(image);
     std::vector<Vec<A>> partial(4 * samples.vectors * WIDTH<A>), dots(4 * samples.vectors);
-    const int64_t base = image * p.image_stride + head * p.head_stride;
+    const int64_t base = image * p.pixels * stride + head * p.channels;
+    const A* value = static_cast<const A*>(p.value) + base;
+    A* grad_value = static_cast<A*>(p.grad_value) + base;
+    std::vector<A> map, grad_map;
+    if (copied) {
+      copy_map(p, value, p.pixels, map);
+      grad_map.assign(map.size(), A(0));
+    }
     for (int64_t q = 0; q < p.queries; ++q) {
       const int64_t query = image * p.queries + q, row = query * p.heads + head;
       samples.prepare(query, row);
-      Channels<A, A, D>::scatter(samples, static_cast<const A*>(p.value) + base, p.pixel_stride, p.channels,
-                              static_cast<const A*>(p.grad_output) + row * p.channels,
-                              static_cast<A*>(p.grad_value) + base, partial.data(), dots.data());
+      Channels<A, A, D>::scatter(samples, copied ? map.data() : value, copied ? p.channels : stride, p.channels,
+                                 static_cast<const A*>(p.grad_output) + row * p.channels,
+                                 copied ? grad_map.data() : grad_value, partial.data(), dots.data());
       sample_gradients(p, samples, dots.data(), row);
     }
+    if (!copied) return;
+    const auto [first, last] = samples.pixel_range();
+    for (int64_t i = first; i < last; ++i)
+      std::copy_n(grad_map.data() + i * p.channels, p.channels, grad_value + i * stride);
   });
   if (!p.fused) return;
   constexpr int64_t block = 64;
@@ -231,7 +275,7 @@ template <class A, int D> void backward(const Problem& p) {
   });
 }
 
-template <class T> void forward(const Problem& p) {
+template <class T> void forward_float(const Problem& p) {
   switch (p.channels) {
     case 16: return forward<T, float, 16>(p);
     case 32: return forward<T, float, 32>(p);
@@ -242,9 +286,9 @@ template <class T> void forward(const Problem& p) {
 
 void forward(const Problem& p) {
   switch (p.value_type) {
-    case 0: return forward<float>(p);
-    case 1: return forward<bf16>(p);
-    case 2: return forward<fp16>(p);
+    case 0: return forward_float<float>(p);
+    case 1: return forward_float<bf16>(p);
+    case 2: return forward_float<fp16>(p);
     default: return forward<double, double, 0>(p);
   }
 }

@@ -7,14 +7,13 @@
 
 #include "simd.h"
 
-// Row-major tensors: samples [B, Q, H, N, 2], weights [B, Q, H, N] with N = levels * points; value [B, S, H, D] with the
-// strides given. Everything but the value has the accumulation type: float, or double beside a double value.
+// Row-major tensors: value [B, S, H, D], samples [B, Q, H, N, 2], weights [B, Q, H, N] with N = levels * points.
+// Everything but the value has the accumulation type: float, or double beside a double value.
 struct Problem {
   int64_t images, pixels, queries, heads, channels, levels, points;
   int64_t value_type;       // 0 float32, 1 bfloat16, 2 float16, 3 float64
   int64_t fused;            // 1: offsets and logits, with valid sizes and a reference; 0: locations and weights
   int64_t reference_size;   // 2: points, 4: boxes
-  int64_t image_stride, pixel_stride, head_stride;  // of value and grad_value, in elements
   int64_t threads;
   const int64_t* shapes;    // [levels, 2] (h, w)
   const int64_t* valid;     // [B, levels, 2] (h, w); fused only
@@ -24,7 +23,7 @@ struct Problem {
   const void* weights;      // logits or weights
   void* output;             // [B, Q, H, D]
   const void* grad_output;  // [B, Q, H, D]
-  void* grad_value;         // [B, S, H, D], zeroed by the caller
+  void* grad_value;         // [B, S, H, D] of the accumulation type, zeroed by the caller
   void* grad_samples;
   void* grad_weights;
   void* grad_reference;     // or null
@@ -79,6 +78,17 @@ template <class A> class Samples {
       }
       start += h * w;
     }
+  }
+
+  // First and one past the last pixel of the levels.
+  std::pair<int64_t, int64_t> pixel_range() const {
+    int64_t start = 0, first = 0, last = 0;
+    for (int64_t level = 0; level < problem_.levels; ++level) {
+      if (level * problem_.points == begin) first = start;
+      start += problem_.shapes[2 * level] * problem_.shapes[2 * level + 1];
+      if ((level + 1) * problem_.points == begin + count) last = start;
+    }
+    return {first, last};
   }
 
   // The softmax of the logits of all levels, row = (image * queries + query) * heads + head.
