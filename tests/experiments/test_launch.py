@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import launch
 from experiments.launch import Launch, Launcher, command, describe, duration, last_words, shell_line
 from experiments.plan import make_plan, write_manifest
 from experiments.slurm import script
@@ -114,10 +115,12 @@ def test_it_stops_in_good_order_and_goes_on(sweep):
     assert starts(plan) == [2, 1]
 
 
-def test_runs_side_by_side(sweep):
+def test_runs_side_by_side_with_progress_now_and_then(sweep, monkeypatch):
+    monkeypatch.setattr(launch, "REPORT_SECONDS", 0.0)
     # Each of the two ends only after the other has started.
-    plan, launcher, _ = sweep("meets", seeds=2, jobs=2)
+    plan, launcher, said = sweep("meets", seeds=2, jobs=2)
     assert launcher.run() == 0
+    assert any(line.startswith("running mode-meets_seed-") and line.count(" of 2 done") == 1 for line in said)
     assert starts(plan) == [1, 1]
 
 

@@ -54,7 +54,6 @@ def swept(tmp_path_factory) -> Path:
     (directory / "run.yaml").write_text(RUN)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
-        patch.setattr("experiments.launch.REPORT_SECONDS", 0.5)
         axes = ["criterion.classification=focal,ia_bce"]
         assert sweep.main(["--cfg", "run.yaml", *axes, "--out", "runs/loss"]) == 0
     return directory
