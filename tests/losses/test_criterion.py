@@ -291,6 +291,32 @@ def test_nothing_waits_for_the_device_but_the_one_copy_of_the_cost(config):
     assert copies.seen == []
 
 
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operator returns, and of what it is made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@every_config
+@pytest.mark.parametrize("counts", [(60, 1, 0, 2, 1, 3, 1, 2), (12,) * 8, (300,)], ids=str)
+def test_memory_is_bounded_by_the_cost_of_padded_targets(config, counts):
+    """No tensor grows with images × queries × all targets, or with pairs squared: [L, B, Q, max G] is the largest."""
+    outputs, targets = make_outputs(16, counts, num_classes=3, denoising=False)
+    with LargestTensor() as largest:
+        config(outputs, targets).total.backward()
+    num_layers, num_images, num_queries, num_classes = outputs.decoder.logits.shape
+    assert largest.elements <= num_layers * num_images * num_queries * max(*counts, num_classes, 14)
+
+
 @pytest.mark.gpu
 @every_config
 def test_synchronisations_on_a_gpu(config, monkeypatch):
