@@ -130,7 +130,7 @@ def test_every_sweep_file_says_what_it_is(path):
         assert word in header
 
 
-def test_each_ablation_has_a_coco_and_a_small_form():
+def test_each_ablation_has_a_coco_form_and_a_small_one():
     stems = {path.stem for path in SWEEPS}
     for name in {stem.rsplit("_", 1)[0] for stem in stems}:
         assert {f"{name}_coco", f"{name}_shapes"} <= stems
