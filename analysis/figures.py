@@ -181,10 +181,13 @@ def draw_precision_recall(path: Path, reports: Sequence[Report]) -> None:
     with drawing(path, 1, len(reports), max(COLUMN, 2.4 * len(reports)), 2.8, sharey=True) as (_, axes):
         for axis, report in zip(axes[0], reports, strict=True):
             for k, t in enumerate((0, 3, 5, 7, 9)):
-                label = f"IoU {IOU_THRESHOLDS[t]:.2f}: AP {100 * report.precision[t].mean():.1f}"
+                label = f"{IOU_THRESHOLDS[t]:.2f}: {100 * report.precision[t].mean():.1f}"
                 axis.plot(100 * RECALLS, 100 * report.precision[t], LINE_STYLES[k % 4], color=COLOURS[k], label=label)
             axis.set(title=report.label, xlabel="recall (%)", xlim=(0, 100), ylim=(0, 102))
-            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
+            axis.legend(
+                loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, columnspacing=1,
+                title="IoU threshold: AP (%)", title_fontsize=FONT - 0.5,
+            )  # fmt: skip
         axes[0][0].set_ylabel("precision (%)")
 
 
