@@ -13,7 +13,7 @@ import yaml
 
 from datasets import DataConfig
 from engine.optimizer import OptimizerConfig, Schedule, StepSchedule
-from engine.trainer import TrainerConfig
+from engine.trainer_config import TrainerConfig
 from losses import CriterionConfig
 from models import Detector, DINOConfig
 from schema import KeyPathError, decode, merge, plain

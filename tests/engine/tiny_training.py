@@ -38,7 +38,8 @@ from engine import logging as run_logging
 from engine.optimizer import CosineSchedule, OptimizerConfig, Schedule, StepSchedule
 from engine.signals import Interrupted
 from engine.step import OptimizerStep, configure_device
-from engine.trainer import Trainer, TrainerConfig
+from engine.trainer import Trainer
+from engine.trainer_config import TrainerConfig
 from structures import Batch, DetectorOutputs, LossOutput, Prediction, Targets
 
 QUERIES = 5

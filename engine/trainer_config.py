@@ -1,0 +1,53 @@
+"""Settings of the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.step import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How to run the steps, and how often to do what between them."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes CUDA where there is any."""
+    precision: Precision = "fp32"
+    """Of the model's forward pass; the losses are always computed in fp32."""
+    tf32: bool = False
+    """Whether fp32 matrix products on CUDA may round their inputs to TF32."""
+    deterministic: bool = False
+    """Whether CUDA must give the same bits every time (slower); the CPU always does."""
+    compile: bool = False
+    """Whether to compile the model with torch.compile."""
+    accumulation_steps: int = 1
+    """Micro-batches per process into which an optimizer step's share of the batch is divided."""
+    ema_decay: float | None = None
+    """Decay of the moving average of the weights that is evaluated; null evaluates the weights themselves."""
+    log_every: int = 50
+    """Optimizer steps between lines of progress."""
+    checkpoint_every: int = 1000
+    """Optimizer steps between checkpoints: so many are lost at most when a run is killed."""
+    eval_every_epochs: int | None = 1
+    """Epochs between evaluations; null for none but the last, unless eval_every_steps is set."""
+    eval_every_steps: int | None = None
+    """Optimizer steps between evaluations, in place of eval_every_epochs."""
+    max_nonfinite_steps: int = 0
+    """Steps with a non-finite loss or gradient to skip before stopping."""
+    collective_timeout: float = 1800.0
+    """Seconds after which processes give up waiting for one that hangs; must exceed the longest evaluation."""
+
+    def __post_init__(self) -> None:
+        counts = (self.accumulation_steps, self.log_every, self.checkpoint_every)
+        if min(counts) < 1:
+            raise ValueError("accumulation_steps, log_every and checkpoint_every must be at least 1")
+        if any(every is not None and every < 1 for every in (self.eval_every_epochs, self.eval_every_steps)):
+            raise ValueError("eval_every_epochs and eval_every_steps must be at least 1, or null")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay must lie between 0 and 1 (null switches averaging off), found {self.ema_decay}"
+            )
+        if self.max_nonfinite_steps < 0 or self.collective_timeout <= 0:
+            raise ValueError("max_nonfinite_steps must not be negative and collective_timeout must be positive")
