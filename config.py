@@ -42,6 +42,9 @@ class Config:
     op_backend: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     """Implementation of multi-scale deformable attention."""
 
+    def __post_init__(self) -> None:
+        self.criterion.check(self.model.decoder_layers, has_encoder_output=True)
+
 
 class ConfigError(ValueError):
     """A configuration that a user has to correct; the message names file, key and what is known instead."""

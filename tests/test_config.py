@@ -84,6 +84,7 @@ def test_numbers_in_every_notation(tmp_path):
         ("", ["seed"], "override 'seed': expected key.path=value"),
         ("", ["seed=[1"], "not valid YAML"),
         ("- a", [], "not valid YAML|expected a mapping"),
+        ("criterion: {matcher: {name: mixed, candidates: [2, 1]}}", [], "lists 2 numbers, but 7 layers are supervised"),
         ("op_backend: gpu", [], "op_backend: expected one of auto, reference, cpu, cuda, found 'gpu'"),
         ("base: nowhere.yaml", [], r"nowhere\.yaml: cannot read the configuration"),
         ("base: run.yaml", [], "circle"),
