@@ -151,7 +151,7 @@ def to_pixels(image: ImageInput) -> Tensor:
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
             raise ValueError(f"an array must be [H, W, 3] or [H, W] uint8, got {list(image.shape)} {image.dtype}")
         colour = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-        pixels = torch.from_numpy(np.ascontiguousarray(colour)).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(colour)).permute(2, 0, 1)
     elif image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"a tensor must be [3, H, W], got {list(image.shape)}")
     elif image.is_floating_point():

@@ -28,6 +28,7 @@ from tools.detector import load_model
 Format = Literal["onnx", "torch_export"]
 Outputs = tuple[Tensor, Tensor, Tensor]
 
+ENDINGS: dict[Format, str] = {"onnx": "onnx", "torch_export": "pt2"}
 INPUTS, OUTPUTS = ("images", "image_sizes"), ("scores", "labels", "boxes")
 TOLERANCE = 1e-3
 """Largest difference of scores, and of boxes relative to the image, that the check accepts."""
@@ -190,6 +191,8 @@ def export(path: Path, kind: Format, out: Path, overrides: Sequence[str] = ()) -
     Raises:
         ValueError: the checkpoint, an override or the result is wrong, or packages are missing.
     """
+    if out.suffix != f".{ENDINGS[kind]}":
+        raise ValueError(f"--out {out}: a {kind} file ends in .{ENDINGS[kind]}")
     model, config, categories = load_model(path, overrides)
     deployed = deploy(model, config)
     with warnings.catch_warnings():
@@ -212,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file to write (detector.onnx or detector.pt2)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the configuration")
     options = parser.parse_intermixed_args(arguments)
-    out = options.out or Path("detector.onnx" if options.format == "onnx" else "detector.pt2")
+    out = options.out or Path(f"detector.{ENDINGS[options.format]}")
     try:
         difference = export(options.resume, options.format, out, options.overrides)
     except (ValueError, OSError) as error:

@@ -70,15 +70,17 @@ def draw(pixels: Tensor, detections: Detections, class_names: Sequence[str]) -> 
     canvas = ImageDraw.Draw(picture)
     width = max(2, round(max(picture.size) / 400))
     font = ImageFont.load_default(size=max(11, round(max(picture.size) / 60)))
-    for score, label, box in reversed(list(zip(*(part.tolist() for part in detections), strict=True))):
-        colour = COLOURS[label % len(COLOURS)]
-        canvas.rectangle(box, outline=colour, width=width)
+    worst_first = list(reversed(list(zip(*(part.tolist() for part in detections), strict=True))))
+    for _, label, box in worst_first:
+        canvas.rectangle(box, outline=COLOURS[label % len(COLOURS)], width=width)
+    # Texts after all boxes, so that no line crosses them.
+    for score, label, box in worst_first:
         text = f"{class_names[label]} {score:.2f}"
         left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
         # Above the box where there is room, else inside it, and never beyond the right border.
         x = max(0, min(box[0], picture.width - right - 2))
         y = box[1] - bottom - 2 if box[1] >= bottom + 2 else box[1] + width
-        canvas.rectangle((x + left, y + top - 1, x + right + 2, y + bottom + 1), fill=colour)
+        canvas.rectangle((x + left, y + top - 1, x + right + 2, y + bottom + 1), fill=COLOURS[label % len(COLOURS)])
         canvas.text((x + 1, y), text, fill="black", font=font)
     return picture
 

@@ -65,7 +65,7 @@ def test_the_check_notices_a_difference(tiny_checkpoint: Path) -> None:
 def test_exported_detectors_agree_with_the_model(
     kind: export.Format, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "detector"
+    out = tmp_path / f"detector.{export.ENDINGS[kind]}"
     assert export.main(["--resume", str(tiny_checkpoint), "--format", kind, "--out", str(out)]) == 0
     assert f"wrote {out}; differs from the model by" in capsys.readouterr().out
     # `main` has compared batches of one and three; once more, with sizes that are no multiples of anything.
@@ -75,6 +75,11 @@ def test_exported_detectors_agree_with_the_model(
         expected = export.deploy(model, config)(images, sizes)
     found = export.read(kind, out)(images, sizes)
     assert export.largest_difference(expected, found, sizes) < 1e-4
+
+
+def test_the_ending_must_be_the_formats(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a torch_export file ends in \.pt2"):
+        export.export(tiny_checkpoint, "torch_export", tmp_path / "detector.onnx")
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
