@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ms_deform_attn_cases import CASES, CHANNELS, HEADS, POINTS, SHAPES, Inputs, make_inputs
+from benchmarks import ms_deform_attn_cases as sizes
+from benchmarks.ms_deform_attn_cases import CASES, CHANNELS, HEADS, POINTS, Inputs, make_inputs
 from ops.ms_deform_attn import available_backends, describe_backend, fused_ms_deform_attn, ms_deform_attn
 
 GRAPH_CALLS = 10
@@ -56,9 +57,9 @@ def ours(form: str, backend: str) -> Callable[[Inputs], Tensor]:
     """A backend of this project."""
     if form == "fused":
         return lambda x: fused_ms_deform_attn(
-            x.value, SHAPES, x.valid_sizes, x.reference, x.offsets, x.logits, backend=backend
+            x.value, sizes.SHAPES, x.valid_sizes, x.reference, x.offsets, x.logits, backend=backend
         )
-    return lambda x: ms_deform_attn(x.value, SHAPES, x.locations, x.weights, backend=backend)
+    return lambda x: ms_deform_attn(x.value, sizes.SHAPES, x.locations, x.weights, backend=backend)
 
 
 class Deterministic:
@@ -83,7 +84,7 @@ class Deterministic:
 
 def peers(names: list[str], device: str) -> dict[str, Callable[[Inputs], Tensor]]:
     """Other implementations of the unfused form: f(value, shapes, level starts, locations, weights)."""
-    shapes = torch.tensor(SHAPES, device=device)
+    shapes = torch.tensor(sizes.SHAPES, device=device)
     starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
     functions: dict[str, Callable[..., Tensor]] = {}
     if device == "cuda":
@@ -157,7 +158,7 @@ def floor_ms(Q: int, itemsize: int) -> float | None:
 
 def tap_bytes(Q: int, itemsize: int) -> int:
     """What all taps of all queries read, were nothing shared."""
-    return Q * HEADS * len(SHAPES) * POINTS * 4 * CHANNELS * itemsize
+    return Q * HEADS * len(sizes.SHAPES) * POINTS * 4 * CHANNELS * itemsize
 
 
 def relative_error(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:

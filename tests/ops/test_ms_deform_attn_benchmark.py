@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ms_deform_attn as benchmark
+from benchmarks import ms_deform_attn_cases
 from ops.ms_deform_attn import available_backends
 
 
 def test_benchmark_at_a_small_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark, "SHAPES", [(6, 7), (3, 4)])
-    monkeypatch.setattr(benchmark, "DECODER_QUERIES", 5)
+    monkeypatch.setattr(ms_deform_attn_cases, "SHAPES", [(6, 7), (3, 4)])
+    monkeypatch.setattr(ms_deform_attn_cases, "DECODER_QUERIES", 5)
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setattr(
         sys, "argv", ["benchmark", "--device", "cpu", "--rounds", "2", "--dtype", "float32", "bfloat16"]
