@@ -117,6 +117,7 @@ def test_it_stops_in_good_order_and_goes_on(sweep):
 
 def test_runs_side_by_side_with_progress_now_and_then(sweep, monkeypatch):
     monkeypatch.setattr(launch, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.01)  # so often that no run can start and end in between
     # Each of the two ends only after the other has started.
     plan, launcher, said = sweep("meets", seeds=2, jobs=2)
     assert launcher.run() == 0
