@@ -30,6 +30,7 @@ ALLOWED = {
     "losses": {"structures", "ops", "matchers"},
     "engine": {"structures", "ops"},
     "analysis": {"structures", "ops", "engine"},
+    "experiments": {"structures", "ops", "engine", "analysis"},
     "schema": set(),
     "config": {"structures", "schema", "ops", "models", "matchers", "losses", "datasets", "engine"},
 }
