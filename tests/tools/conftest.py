@@ -19,7 +19,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = configuration.from_dict(
         {
             "model": {
-                "backbone": {"model": "resnet10t", "pretrained": False, "norm": "group", "frozen_stages": 0},
+                "backbone": {
+                    "model": "resnet10t",
+                    "pretrained": False,
+                    "strides": [16, 32],
+                    "norm": "group",
+                    "frozen_stages": 0,
+                },
+                "num_levels": 3,
                 "embed_dim": 64,
                 "num_heads": 4,
                 "num_points": 2,

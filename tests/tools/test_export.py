@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -54,6 +55,13 @@ def test_the_check_notices_a_difference(tiny_checkpoint: Path) -> None:
         export.check(deployed, shifted)
 
 
+@pytest.fixture(scope="module")
+def program(tiny_checkpoint: Path) -> torch.export.ExportedProgram:
+    """The traced detector, once for all formats."""
+    model, config, _ = load_model(tiny_checkpoint)
+    return export.export_program(export.deploy(model, config))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
@@ -63,8 +71,15 @@ def test_the_check_notices_a_difference(tiny_checkpoint: Path) -> None:
     ],
 )
 def test_exported_detectors_agree_with_the_model(
-    kind: export.Format, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: export.Format,
+    program: torch.export.ExportedProgram,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(export, "export_program", lambda deployed: program)
+    monkeypatch.setattr(export, "read", functools.cache(export.read))
     out = tmp_path / f"detector.{export.ENDINGS[kind]}"
     assert export.main(["--resume", str(tiny_checkpoint), "--format", kind, "--out", str(out)]) == 0
     assert f"wrote {out}; differs from the model by" in capsys.readouterr().out
@@ -73,7 +88,7 @@ def test_exported_detectors_agree_with_the_model(
     images, sizes = export.example(2, 131, 117, seed=5)
     with torch.inference_mode():
         expected = export.deploy(model, config)(images, sizes)
-    found = export.read(kind, out)(images, sizes)
+        found = export.read(kind, out)(images, sizes)
     assert export.largest_difference(expected, found, sizes) < 1e-4
 
 
