@@ -118,9 +118,7 @@ def evaluate(cfg: Config, loaded: checkpoint.Loaded, device: torch.device) -> No
         categories = tuple(Category(*category) for category in loaded.state["categories"])
         validation = build_validation(cfg, cfg.data.val.build(split="val", categories=categories), device)
         model = cfg.model.build(len(categories), load_backbone=False)
-        averaged = loaded.state["ema"]
-        weights = loaded.state["weights"] if averaged is None else averaged["weights"]
-        checkpoint.load_weights(model, weights, loaded.path)
+        checkpoint.load_evaluated_weights(model, loaded)
     metrics = validation(model.to(device))
     step = loaded.state["position"]["step"]
     log.info("%s (%d images) %s", loaded.path, metrics["images"], summarise_metrics(step, metrics))

@@ -164,6 +164,16 @@ def find_latest(directory: Path) -> tuple[Loaded | None, list[str]]:
     return None, []
 
 
+def load_evaluated_weights(model: nn.Module, loaded: Loaded) -> None:
+    """Copy the weights that training evaluates into a model: the averaged ones, where the checkpoint holds any.
+
+    Raises:
+        CheckpointError: if the checkpoint is for another model.
+    """
+    averaged = loaded.state.get("ema")
+    load_weights(model, loaded.state["weights"] if averaged is None else averaged["weights"], loaded.path)
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
     """Copy weights into a model of exactly the same parameters.
 

@@ -88,8 +88,7 @@ def load_subject(path: Path, label: str, overrides: Sequence[str]) -> Subject:
     set_default_backend(cfg.op_backend)
     dataset = cfg.data.val.build(split="val", categories=categories)
     model = cfg.model.build(len(categories), load_backbone=False)
-    averaged = loaded.state["ema"]
-    checkpoint.load_weights(model, loaded.state["weights"] if averaged is None else averaged["weights"], path)
+    checkpoint.load_evaluated_weights(model, loaded)
     return Subject(label, cfg, model.to(device).eval(), dataset, device)
 
 

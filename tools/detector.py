@@ -54,8 +54,7 @@ def load_model(
     config = configuration.from_dict(state["config"], overrides, str(loaded.path))
     categories = tuple(Category(int(number), str(name)) for number, name in state["categories"])
     model: nn.Module = config.model.build(len(categories), load_backbone=False)
-    averaged = state.get("ema")
-    checkpoint.load_weights(model, state["weights"] if averaged is None else averaged["weights"], loaded.path)
+    checkpoint.load_evaluated_weights(model, loaded)
     return model.eval().to(device), config, categories
 
 
