@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from itertools import islice
+from types import FrameType
 from typing import Literal
 
 import torch
@@ -146,9 +147,15 @@ def _is_death_of_worker(error: Exception) -> bool:
 
 
 def _start_worker(worker: int) -> None:
-    """Runs in each worker. Ctrl-C reaches the whole process group, but when to stop is for the main process to say."""
+    """Runs in each worker. Signals reach the whole process group, but when to stop is for the main process to say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _overhear)
     torch.set_num_threads(1)
+
+
+def _overhear(number: int, frame: FrameType | None) -> None:
+    """Lets the first signal pass: the second is the main process getting rid of a worker that does not end."""
+    signal.signal(number, signal.SIG_DFL)
 
 
 class TrainLoader:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from matchers import native
-from ops.ms_deform_attn.cache import BackendUnavailableError
+from ops.cache import BackendUnavailableError
 
 _WORK_PER_THREAD = 200_000
 """Costs (slots × queries) that are worth a thread of their own."""

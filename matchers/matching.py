@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,46 @@ from structures import Matches, Prediction, Targets
 
 class NonFinitePredictionError(ValueError):
     """A model predicted NaN or infinity: training has diverged, or half precision has overflowed."""
+
+
+class LayerwiseMatcher(ABC):
+    """Assigns queries to targets at the least total cost; how many queries a target may take is up to the layer."""
+
+    cost: MatchingCost
+
+    @abstractmethod
+    def layer_candidates(self, num_layers: int) -> tuple[int, ...]:
+        """Queries that a target may take in each of ``num_layers`` supervised layers.
+
+        Raises:
+            ValueError: the configuration does not fit this many layers.
+        """
+
+    def match(
+        self,
+        predictions: Mapping[str, Prediction],
+        targets: Targets,
+        watched: Mapping[str, Prediction] | None = None,
+    ) -> dict[str, Matches]:
+        """Several supervisions at once; see ``match_supervisions``."""
+        num_layers = sum(prediction.logits.shape[0] for prediction in predictions.values())
+        return match_supervisions(predictions, targets, self.layer_candidates(num_layers), self.cost, watched)
+
+    def __call__(self, prediction: Prediction, targets: Targets) -> Matches:
+        """Match all layers and images; the last layer of ``prediction`` counts as the last decoder layer.
+
+        Args:
+            prediction: logits [L, B, Q, C] and boxes [L, B, Q, 4].
+            targets: of the same B images.
+
+        Returns:
+            Matches, sorted by layer, image, target, query; of an image with more targets than queries, only Q targets.
+
+        Raises:
+            NonFinitePredictionError: a prediction is NaN or infinite.
+            ValueError: the configuration names another number of layers.
+        """
+        return self.match({"prediction": prediction}, targets)["prediction"]
 
 
 def match_supervisions(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from matchers.cost import MatchingCost
-from matchers.matching import match_supervisions
-from structures import Matches, Prediction, Targets
+from matchers.matching import LayerwiseMatcher
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixed:
+class Mixed(LayerwiseMatcher):
     """Up to k queries for each target, no query twice, at the least total cost; one in the last layer.
 
     k is cut for each image by itself to max(1, min(k, Q // G)), so that a crowded image does not change the others.
@@ -45,29 +43,3 @@ class Mixed:
                 " (the encoder output first, if there is one, then the decoder layers)"
             )
         return self.candidates
-
-    def match(
-        self,
-        predictions: Mapping[str, Prediction],
-        targets: Targets,
-        watched: Mapping[str, Prediction] | None = None,
-    ) -> dict[str, Matches]:
-        """Several supervisions at once; see ``matching.match_supervisions``."""
-        num_layers = sum(prediction.logits.shape[0] for prediction in predictions.values())
-        return match_supervisions(predictions, targets, self.layer_candidates(num_layers), self.cost, watched)
-
-    def __call__(self, prediction: Prediction, targets: Targets) -> Matches:
-        """Match all layers and images; the last layer of ``prediction`` counts as the last decoder layer.
-
-        Args:
-            prediction: logits [L, B, Q, C] and boxes [L, B, Q, 4].
-            targets: of the same B images.
-
-        Returns:
-            Matches, sorted by layer, image, target, query.
-
-        Raises:
-            NonFinitePredictionError: a prediction is NaN or infinite.
-            ValueError: ``candidates`` lists another number of layers.
-        """
-        return self.match({"prediction": prediction}, targets)["prediction"]

@@ -7,8 +7,9 @@ from typing import Literal, get_args
 
 import torch
 
+from ops.cache import BackendUnavailableError
 from ops.ms_deform_attn import cpu, cuda
-from ops.ms_deform_attn.cache import BackendUnavailableError
+from ops.native import compiler_command
 
 BackendName = Literal["auto", "reference", "cpu", "cuda"]
 """``reference`` is plain PyTorch on any device; ``cpu`` and ``cuda`` are kernels; ``auto`` picks by device."""
@@ -44,7 +45,7 @@ def describe_backend(device: torch.device | str) -> str:
     kind = torch.device(device).type
     chosen = resolve(_default, kind, False)
     if chosen == "cpu":
-        return f"cpu: C++ kernels built by {' '.join(cpu.compiler_command())}"
+        return f"cpu: C++ kernels built by {' '.join(compiler_command())}"
     if chosen == "cuda":
         return f"cuda: {cuda.describe(torch.device(device))}"
     if _default == "reference":

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import platform
-import shlex
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ops.ms_deform_attn.cache import BackendUnavailableError, cached_file, key_of
+from ops.ms_deform_attn.arguments import Arguments
+from ops.native import load_library
 
 SOURCES = Path(__file__).parent / "csrc"
-COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread", "-w")
-BUILD_SECONDS = 300
+HEADERS = ("simd.h", "samples.h")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math")
 VALUE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 MAX_PIXELS = 2**31 - 1
 """Pixel indices within an image are 32-bit."""
@@ -43,46 +38,6 @@ class _Problem(ctypes.Structure):
     )
 
 
-def compiler_command() -> list[str]:
-    """$CXX, or the first C++ compiler of the search path.
-
-    Raises:
-        BackendUnavailableError: there is none.
-    """
-    override = os.environ.get("CXX")
-    for name in [override] if override else COMPILERS:
-        command = shlex.split(name)
-        if command and shutil.which(command[0]):
-            return command
-    raise BackendUnavailableError(f"no C++ compiler ({override or ', '.join(COMPILERS)} not found)")
-
-
-def compile_shared(compiler: list[str], flags: Sequence[str], source: Path, output: Path) -> None:
-    """Compile one source file to a shared library.
-
-    Raises:
-        BackendUnavailableError: the compiler fails, with its first complaint.
-    """
-    try:
-        done = subprocess.run(
-            [*compiler, *flags, str(source), "-o", str(output)], capture_output=True, text=True, timeout=BUILD_SECONDS
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BackendUnavailableError(f"{compiler[0]} could not be run: {error}") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
-        raise BackendUnavailableError(f"{compiler[0]} failed: {lines[0].strip()}")
-
-
-def _processor() -> str:
-    """What distinguishes the instruction sets of machines that share a home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled library.
@@ -90,20 +45,8 @@ def library() -> ctypes.CDLL:
     Raises:
         BackendUnavailableError: there is no compiler, or it fails, or the cache cannot be written.
     """
-    compiler = compiler_command()
-    try:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BackendUnavailableError(f"{compiler[0]} could not be run: {error}") from error
-    source = b"".join((SOURCES / name).read_bytes() for name in ("simd.h", "samples.h", "cpu.cpp"))
-    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64", "ppc64le") else "-march=native"
-    flags = [*FLAGS, native]
-    name = f"ms_deform_attn-cpu-{key_of(source, *compiler, version, *flags, _processor())}.so"
-    try:
-        path = cached_file(name, lambda output: compile_shared(compiler, flags, SOURCES / "cpu.cpp", output))
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BackendUnavailableError(f"the compiled library cannot be kept or loaded: {error}") from error
+    headers = [SOURCES / name for name in HEADERS]
+    loaded = load_library("ms_deform_attn-cpu", SOURCES / "cpu.cpp", headers, FLAGS)
     for function in (loaded.ms_deform_attn_forward, loaded.ms_deform_attn_backward):
         function.argtypes = [ctypes.POINTER(_Problem)]
         function.restype = None
@@ -115,25 +58,10 @@ def supports(value: Tensor, spatial_shapes: Sequence[int], samples: Tensor) -> b
     return value.shape[1] <= MAX_PIXELS
 
 
-def forward(
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    valid_sizes: Tensor | None,
-    reference: Tensor | None,
-    samples: Tensor,
-    weights: Tensor,
-) -> Tensor:
-    """[B, Q, H*D] in the dtype of ``value``.
-
-    Args:
-        value: [B, S, H, D].
-        spatial_shapes: h, w of each level, flat.
-        valid_sizes: [B, L, 2] for the fused form, None for the unfused one.
-        reference: [B, Q, 2 or 4] for the fused form, None for the unfused one.
-        samples: [B, Q, H, L, P, 2] offsets (fused) or locations.
-        weights: [B, Q, H, L, P] logits (fused) or weights.
-    """
-    call = _Call(value, spatial_shapes, valid_sizes, reference, samples, weights)
+def forward(arguments: Arguments) -> Tensor:
+    """[B, Q, H*D] in the dtype of the value."""
+    value, samples = arguments.value, arguments.samples
+    call = _Call(arguments)
     B, Q, H = samples.shape[:3]
     output = value.new_empty(B, Q, H * value.shape[3], dtype=call.dtype)
     call.run("ms_deform_attn_forward", output=output)
@@ -141,18 +69,12 @@ def forward(
 
 
 def backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    valid_sizes: Tensor | None,
-    reference: Tensor | None,
-    samples: Tensor,
-    weights: Tensor,
-    needs_reference: bool,
+    grad_output: Tensor, arguments: Arguments, needs_reference: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of value, reference (None unless needed), samples and weights, each in its own dtype."""
+    value, _, _, reference, samples, weights = arguments
     wide = value.to(torch.float32) if value.dtype in (torch.bfloat16, torch.float16) else value
-    call = _Call(wide, spatial_shapes, valid_sizes, reference, samples, weights)
+    call = _Call(arguments._replace(value=wide))
     grad_value = torch.zeros(value.shape, dtype=call.dtype)
     grad_samples = torch.empty(samples.shape, dtype=call.dtype)
     grad_weights = torch.empty(weights.shape, dtype=call.dtype)
@@ -175,15 +97,8 @@ def backward(
 class _Call:
     """Arguments of one call in the kernels' layout and types; keeps alive what the pointers point to."""
 
-    def __init__(
-        self,
-        value: Tensor,
-        spatial_shapes: Sequence[int],
-        valid_sizes: Tensor | None,
-        reference: Tensor | None,
-        samples: Tensor,
-        weights: Tensor,
-    ) -> None:
+    def __init__(self, arguments: Arguments) -> None:
+        value, spatial_shapes, valid_sizes, reference, samples, weights = arguments
         self.dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
         B, S, H, D = value.shape
         _, Q, _, L, P, _ = samples.shape

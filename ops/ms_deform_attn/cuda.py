@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.ms_deform_attn.cache import BackendUnavailableError, cached_file, key_of
+from ops.cache import BackendUnavailableError, cached_file, key_of
+from ops.ms_deform_attn.arguments import Arguments
 from ops.ms_deform_attn.cuda_plan import (
     MAX_CHANNELS,
     MAX_SAMPLES,
@@ -184,34 +185,22 @@ def shared_limit(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
-def forward(
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    valid_sizes: Tensor | None,
-    reference: Tensor | None,
-    samples: Tensor,
-    weights: Tensor,
-) -> Tensor:
+def forward(arguments: Arguments) -> Tensor:
     """As ``cpu.forward``."""
-    call = _Call(value, spatial_shapes, valid_sizes, reference, samples, weights)
-    B, Q, H = samples.shape[:3]
+    call = _Call(arguments)
+    value = arguments.value
+    B, Q, H = arguments.samples.shape[:3]
     output = torch.empty(B, Q, H * value.shape[3], dtype=value.dtype, device=value.device)
     call.run(forward_plan(call.signature), output=output)
     return output
 
 
 def backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    valid_sizes: Tensor | None,
-    reference: Tensor | None,
-    samples: Tensor,
-    weights: Tensor,
-    needs_reference: bool,
+    grad_output: Tensor, arguments: Arguments, needs_reference: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """As ``cpu.backward``; bitwise repeatable under ``torch.use_deterministic_algorithms``."""
-    call = _Call(value, spatial_shapes, valid_sizes, reference, samples, weights)
+    value, _, valid_sizes, reference, samples, weights = arguments
+    call = _Call(arguments)
     deterministic = torch.are_deterministic_algorithms_enabled()
     plan = backward_plan(call.signature, shared_limit(value.device), deterministic)
     gradients: dict[str, Tensor] = {
@@ -264,15 +253,8 @@ def _aligned(tensor: Tensor) -> Tensor:
 class _Call:
     """Arguments of one call in the kernels' layout and types."""
 
-    def __init__(
-        self,
-        value: Tensor,
-        spatial_shapes: Sequence[int],
-        valid_sizes: Tensor | None,
-        reference: Tensor | None,
-        samples: Tensor,
-        weights: Tensor,
-    ) -> None:
+    def __init__(self, arguments: Arguments) -> None:
+        value, spatial_shapes, valid_sizes, reference, samples, weights = arguments
         dtype = samples.dtype if samples.dtype == weights.dtype and samples.dtype in TYPES else torch.float32
         self.value, self.spatial_shapes = _aligned(value), spatial_shapes
         self.samples, self.weights = _aligned(samples.to(dtype)), _aligned(weights.to(dtype))

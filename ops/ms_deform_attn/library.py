@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ops.ms_deform_attn import cpu, cuda
+from ops.ms_deform_attn.arguments import Arguments
 
 KERNELS = {"cpu": cpu, "cuda": cuda}
 
@@ -26,8 +27,8 @@ def ms_deform_attn_op(
     weights: Tensor,
     backend: str,
 ) -> Tensor:
-    """[B, Q, H*D]; ``spatial_shapes`` is flat, ``samples`` are offsets or locations, ``weights`` logits or weights."""
-    return KERNELS[backend].forward(value, spatial_shapes, valid_sizes, reference, samples, weights)
+    """[B, Q, H*D]; torch.library wants every one of ``Arguments`` by itself."""
+    return KERNELS[backend].forward(Arguments(value, spatial_shapes, valid_sizes, reference, samples, weights))
 
 
 @torch.library.custom_op("align_detr::ms_deform_attn_backward", mutates_args=())
@@ -43,8 +44,9 @@ def ms_deform_attn_backward_op(
     needs_reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of value, reference (empty unless needed), samples and weights."""
+    arguments = Arguments(value, spatial_shapes, valid_sizes, reference, samples, weights)
     grad_value, grad_reference, grad_samples, grad_weights = KERNELS[backend].backward(
-        grad_output, value, spatial_shapes, valid_sizes, reference, samples, weights, needs_reference
+        grad_output, arguments, needs_reference
     )
     if grad_reference is None:
         grad_reference = value.new_empty(0)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_training import run_processes
+from training_processes import run_processes
 
 import config
 import main

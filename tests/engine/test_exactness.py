@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import Options, Trainer, build, run_processes, train
+from tiny_training import Options, Trainer, build, train
 from torch import Tensor
+from training_processes import run_processes
 
 from engine import checkpoint
 from engine.signals import Interrupted

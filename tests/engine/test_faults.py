@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from test_exactness import assert_identical, last
-from tiny_training import Options, TinyDetector, build, criterion, make_batch, run_processes, train
+from tiny_training import Options, TinyDetector, build, criterion, make_batch, train
 from torch import Tensor, nn
+from training_processes import run_processes
 
 from engine.diagnosis import StepRecord, diagnose
 from engine.faults import MAX_DUMPS, DivergedError

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import tiny_training
 from test_survival import wait_for_step
-from tiny_training import Options, run_processes, start_processes
+from tiny_training import Options
+from training_processes import run_processes, start_processes
 
 from engine import session
 from engine.run_directory import RunDirectory, forget_after

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import tiny_training
 from test_exactness import assert_identical, last
-from tiny_training import Ended, Options, Started, run_processes, start_processes, train
+from tiny_training import Options, train
+from training_processes import Ended, Started, run_processes, start_processes
 
 from engine import checkpoint
 
@@ -131,6 +132,21 @@ def test_dead_process_ends_the_others_with_a_reason(tmp_path: Path) -> None:
     assert re.match(r"error: lost contact with another process, whose own error says why \(.+\)\n$", ended[0].errors)
     assert time.monotonic() - began < 60
     assert last(directory)["position"]["step"] == 4
+
+
+def test_hanging_process_is_given_up(tmp_path: Path) -> None:
+    """A stopped process keeps its connections open: only the time tells."""
+    hanging = {"signal_at": 5, "signal_number": int(signal.SIGSTOP), "signal_rank": 1}
+    options = Options(directory=str(tmp_path / "run"), collective_timeout=3, **hanging)
+    waiting, stopped = start_processes([options], processes=2)
+    try:
+        ended = waiting.wait(60)
+        assert stopped.process.is_alive()
+    finally:
+        stopped.process.kill()
+    assert ended.code == 1
+    assert re.match(r"error: lost contact with another process, whose own error says why \(.+\)\n$", ended.errors)
+    assert last(tmp_path / "run")["position"]["step"] == 4
 
 
 def torchrun(options: Options, *arguments: str) -> list[str]:

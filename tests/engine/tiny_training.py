@@ -2,7 +2,7 @@
 
 The model has convolutions, dropout and batch norm, and predicts one box per target slot; a step takes milliseconds.
 ``python tiny_training.py '{"directory": "…", …}' …`` runs one after the other, with the engine's own start, signals and
-exit codes; :func:`run_processes` does so on one or several processes.
+exit codes; ``training_processes.py`` does so on one or several processes.
 """
 
 from __future__ import annotations
@@ -10,27 +10,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import multiprocessing
-import multiprocessing.process
 import os
 import resource
 import signal
-import socket
 import sys
-import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import matplotlib.figure  # noqa: F401 - imported when needed, but here for the server that processes are forked from
 import torch
-import torch._dynamo  # the same
-import torch.utils.tensorboard  # the same
 from torch import Tensor, nn
 
 from engine import distributed, session
@@ -150,6 +143,7 @@ class Options:
     nan_at: int | None = None
     nan_rank: int = 0
     file_limit: int | None = None
+    collective_timeout: float = 60.0
     eval_seconds: float = 0.0
     ballast_mib: int = 0
     """Makes checkpoints large, so that writing them takes a while."""
@@ -266,83 +260,21 @@ def write_gradients(trainer: Trainer, path: Path) -> None:
 
 def run_all(runs: list[Options]) -> None:
     """One run after the other in one group of processes; an interrupted run is followed by the next."""
-    with distributed.process_group(torch.device("cpu"), 60):
+    with distributed.process_group(torch.device("cpu"), runs[0].collective_timeout):
         for options in runs[:-1]:
             with contextlib.suppress(Interrupted):
                 train(options)
         train(runs[-1])
 
 
-class Ended(NamedTuple):
-    """How a process ended."""
-
-    code: int
-    """Exit code; minus the signal's number if a signal killed it."""
-    output: str
-    errors: str
-
-
-class Started(NamedTuple):
-    """A process that runs, and where its output goes."""
-
-    process: multiprocessing.process.BaseProcess
-    output: Path
-    errors: Path
-
-    def wait(self, timeout: float = 240) -> Ended:
-        """Wait for its end; kill it and fail if it does not come in time."""
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            self.process.kill()
-            raise TimeoutError(f"still running after {timeout} s: {self.errors.read_text()[-2000:]}")
-        return Ended(self.process.exitcode, self.output.read_text(), self.errors.read_text())
-
-
-def start_processes(work: list[Options] | Callable[[], None], processes: int = 1) -> list[Started]:
-    """Start runs, or a function of a module, in processes of their own.
-
-    They are forked from a server that has imported everything already: otherwise imports would take most of the time.
-    """
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_training"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = Path(tempfile.mkdtemp())
-    started = []
-    for rank in range(processes):
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        output, errors = folder / f"{rank}.out", folder / f"{rank}.err"
-        process = context.Process(target=_run_process, args=(work, environment, output, errors), daemon=True)
-        process.start()
-        started.append(Started(process, output, errors))
-    return started
-
-
-def _run_process(
-    work: list[Options] | Callable[[], None], environment: dict[str, str], output: Path, errors: Path
-) -> None:
-    for path, descriptor in ((output, 1), (errors, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    os._exit(_exit_code(work))
-
-
-def _exit_code(work: list[Options] | Callable[[], None]) -> int:
+def exit_code(work: list[Options] | Callable[[], None]) -> int:
+    """Do ``work`` as the program does; its exit code."""
     code = session.exit_code(functools.partial(run_all, work) if isinstance(work, list) else work)
     sys.stdout.flush()
     sys.stderr.flush()
     return code
 
 
-def run_processes(work: list[Options] | Callable[[], None], processes: int = 1) -> list[Ended]:
-    """Start, and wait for the end."""
-    return [started.wait() for started in start_processes(work, processes)]
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(_exit_code([Options(**json.loads(text)) for text in sys.argv[1:]]))
+    sys.exit(exit_code([Options(**json.loads(text)) for text in sys.argv[1:]]))

@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 
 from matchers import assignment, native
 from matchers.assignment import assign, assign_with_scipy
-from ops.ms_deform_attn.cache import BackendUnavailableError
+from ops.cache import BackendUnavailableError
 
 
 def _native(cost, counts, capacity):

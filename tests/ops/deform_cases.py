@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""Of the kernels against the float64 reference, relative to the largest element."""
 
 
 @dataclass
@@ -103,3 +107,33 @@ def by_definition(case: Case) -> Tensor:
                                     pixel = case.value[b, starts[level] + row * w + column, head]
                                     output[b, q, head] += weight * share * pixel
     return output.flatten(2)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    scale = max(expected.abs().max().item(), 1.0)
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
+
+
+def make_pyramid(seed: int, **options: Any) -> Case:
+    """Queries are the pixels, and samples are near them, but for some."""
+    case = make_case(seed, H=2, P=2, **options)
+    B, Q, H, L, P, _ = case.offsets.shape
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.cat(
+        [
+            torch.stack(torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij"), -1)
+            .flip(-1)
+            .flatten(0, 1)
+            for h, w in case.shapes
+        ]
+    ).double()
+    assert len(centres) == Q
+    case.reference = centres[None].expand(B, Q, 2).contiguous()
+    near = (case.reference[:, :, None, None, None] * case.valid_sizes.flip(-1)[:, None, None, :, None]).floor()
+    shift = torch.randint(-3, 3, (B, Q, H, L, P, 2), generator=generator)
+    fraction = torch.rand(B, Q, H, L, P, 2, generator=generator, dtype=torch.float64) * 0.9 + 0.05
+    far = torch.rand(B, Q, H, L, P, 1, generator=generator) < 0.1
+    case.pixels = torch.where(far, case.pixels, near + shift + fraction)
+    sizes = case.valid_sizes.flip(-1)[:, None, None, :, None].double()
+    case.offsets = case.pixels + 0.5 - case.reference[:, :, None, None, None] * sizes
+    return case

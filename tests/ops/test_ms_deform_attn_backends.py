@@ -13,6 +13,7 @@ import pytest
 import torch
 from deform_cases import make_case
 
+from ops.cache import BackendUnavailableError, cache_folder, cached_file, key_of
 from ops.ms_deform_attn import (
     available_backends,
     backends,
@@ -21,7 +22,6 @@ from ops.ms_deform_attn import (
     fused_ms_deform_attn,
     set_default_backend,
 )
-from ops.ms_deform_attn.cache import BackendUnavailableError, cache_folder, cached_file, key_of
 
 ROOT = Path(__file__).parents[2]
 RUN = """

@@ -1,0 +1,161 @@
+"""The arithmetic of the CUDA kernels where there is no GPU: the same source compiled for the host, thread by thread."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deform_cases import TOLERANCE, Case, close, make_case, make_pyramid
+from torch import Tensor
+
+from ops.cache import cached_file, key_of
+from ops.ms_deform_attn import available_backends, cuda, fused_ms_deform_attn, ms_deform_attn
+from ops.ms_deform_attn.arguments import Arguments
+from ops.ms_deform_attn.cuda_plan import Plan
+from ops.native import compile_shared, compiler_command
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no C++ compiler")
+
+
+def emulated(plan: Plan) -> Callable[..., None]:
+    """The kernel compiled for the host."""
+    defines = "".join(f"#define {name} {value}\n" for name, value in plan.macros)
+    kernel = f"ms_deform_attn_{Path(plan.source).stem}"
+    program = (
+        f'{defines}#include "cuda_emulation.h"\n#include "{plan.source}"\n'
+        'extern "C" void run(const Problem* p, int blocks, int bytes, int order) {\n'
+        f"  emulation::run([&] {{ {kernel}(*p); }}, blocks, THREADS, bytes, order);\n}}\n"
+    )
+    headers = [HERE / "cuda_emulation.h", *(cuda.SOURCES / name for name in (*cuda.HEADERS, plan.source))]
+    key = key_of(program, *(path.read_bytes() for path in headers))
+
+    def build(output: Path) -> None:
+        source = output.with_suffix(".cpp")
+        source.write_text(program)
+        flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{HERE}", f"-I{cuda.SOURCES}")
+        compile_shared(compiler_command(), flags, source, output)
+
+    return ctypes.CDLL(str(cached_file(f"emulated-{key}.so", build))).run
+
+
+@pytest.fixture(params=[1, 97], ids=["in order", "out of order"])
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """Lets cuda.forward and cuda.backward run on the host; returns the plans that were run."""
+    plans: list[Plan] = []
+
+    def launch(plan: Plan, problem: Any, blocks: int, device: torch.device) -> None:
+        assert device.type == "cpu"
+        plans.append(plan)
+        emulated(plan)(ctypes.byref(problem), blocks, plan.shared_bytes, request.param)
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda, "shared_limit", lambda device: 227 * 1024)
+    return plans
+
+
+def fenced(tensor: Tensor, fences: list[Tensor]) -> Tensor:
+    """A copy between stretches of NaN: what is read out of bounds shows in the result."""
+    flat = torch.full((tensor.numel() + 512,), float("nan"), dtype=tensor.dtype)
+    inside = flat[256 : 256 + tensor.numel()].view(tensor.shape)
+    inside.copy_(tensor.detach())
+    fences.append(flat)
+    return inside
+
+
+def check_against_reference(case: Case, dtype: torch.dtype, sample_dtype: torch.dtype, fused: bool) -> None:
+    """Forward and backward of the kernels against the float64 reference at the same, rounded inputs."""
+    case.value = case.value.to(dtype).double()
+    exact = list(case.fused() if fused else case.unfused())
+    fences: list[Tensor] = []
+    rounded = [fenced(exact[0].to(dtype), fences)]
+    for tensor in exact[1:]:
+        rounded.append(fenced(tensor.to(sample_dtype), fences))
+    if sample_dtype != torch.float32:
+        exact[1:] = [t.double().requires_grad_() for t in rounded[1:]]
+    flat = [size for shape in case.shapes for size in shape]
+    if fused:
+        expected = fused_ms_deform_attn(exact[0], case.shapes, case.valid_sizes, *exact[1:], backend="reference")
+        arguments = Arguments(rounded[0], flat, case.valid_sizes, *rounded[1:])
+    else:
+        expected = ms_deform_attn(exact[0], case.shapes, *exact[1:], backend="reference")
+        arguments = Arguments(rounded[0], flat, None, None, *rounded[1:])
+    output = cuda.forward(arguments)
+    assert output.dtype == dtype
+    close(output, expected, TOLERANCE[dtype])
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected_grads = list(torch.autograd.grad(expected, exact, grad.double()))
+    grads = [g for g in cuda.backward(fenced(grad, fences), arguments, fused) if g is not None]
+    tolerance = TOLERANCE[torch.bfloat16 if sample_dtype == torch.bfloat16 else dtype]
+    for actual, wanted in zip(grads, expected_grads, strict=True):
+        close(actual, wanted, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sample_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
+)
+def test_emulated_kernels_with_windows(dtype: torch.dtype, sample_dtype: torch.dtype, host: list[Plan]) -> None:
+    shapes = [(13, 18), (7, 9)]
+    case = make_pyramid(0, B=2, Q=13 * 18 + 7 * 9, D=32, shapes=shapes)
+    check_against_reference(case, dtype, sample_dtype, fused=True)
+    assert [plan.tiled for plan in host] == [True, True]
+
+
+@pytest.mark.parametrize(("reference_size", "D"), [(2, 33), (4, 64), (0, 16)])
+def test_emulated_kernels_without_windows(reference_size: int, D: int, host: list[Plan]) -> None:
+    case = make_case(1, B=2, Q=37, D=D, H=3, reference_size=reference_size or 2, padded=reference_size > 0)
+    check_against_reference(case, torch.float32, torch.float32, fused=reference_size > 0)
+    assert [plan.tiled for plan in host] == [False, False]
+    assert all(("CHANNELS", str(D)) in plan.macros for plan in host)
+
+
+def test_emulated_kernels_ignore_samples_that_are_nowhere(host: list[Plan]) -> None:
+    case = make_case(2, D=16, reference_size=4)
+    flat = case.offsets.view(-1, 2)
+    for i, bad in enumerate([float("nan"), float("inf"), float("-inf"), 1e30, -1e30, 1e9]):
+        flat[4 * i, i % 2] = bad
+    check_against_reference(case, torch.float32, torch.float32, fused=True)
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_emulated_deterministic_backward(tiled: bool, host: list[Plan]) -> None:
+    """Fixed-point sums are as exact as float32 ones, whatever the magnitude; infinite gradients stay visible."""
+    case = make_pyramid(3, B=1, Q=99, D=16, shapes=[(9, 11)]) if tiled else make_case(3, B=1, Q=33, D=16)
+    value, reference, offsets, logits = (t.detach() for t in case.fused(torch.float32))
+    flat = [size for shape in case.shapes for size in shape]
+    grad = torch.randn(1, value.shape[1] if tiled else 33, 32)
+    arguments = Arguments(value, flat, case.valid_sizes, reference, offsets, logits)
+    expected = cuda.backward(grad, arguments, True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for magnitude in (1.0, 1e-12, 1e12):
+            actual = cuda.backward(grad * magnitude, arguments, True)
+            for a, b in zip(actual, expected, strict=True):
+                assert a is not None
+                assert b is not None
+                close(a / magnitude, b, 1e-5)
+        grad[0, 0, 0] = float("inf")
+        assert not cuda.backward(grad, arguments, True)[0].isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert ("DETERMINISTIC", "1") in host[-1].macros
+    assert host[-1].tiled == tiled
+
+
+def test_emulated_kernels_take_views_and_mixed_types(host: list[Plan]) -> None:
+    case = make_case(4, D=16)
+    value, reference, offsets, logits = (t.detach() for t in case.fused(torch.float32))
+    flat = [6, 5, 3, 4]
+    plain = cuda.forward(Arguments(value, flat, case.valid_sizes, reference, offsets, logits))
+    shifted = torch.cat([torch.zeros(1), value.flatten()])[1:].view(value.shape)
+    transposed = offsets.mT.contiguous().mT
+    mixed = cuda.forward(
+        Arguments(shifted, flat, case.valid_sizes.int(), reference.double(), transposed, logits.double())
+    )
+    assert torch.equal(plain, mixed)
