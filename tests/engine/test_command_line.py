@@ -18,6 +18,7 @@ import main
 from datasets.shapes import ShapesConfig, generate
 from engine import distributed, session
 from engine.step import OptimizerStep
+from structures import Batch, Targets
 from tools import replay
 
 MODEL: dict[str, Any] = {
@@ -196,8 +197,11 @@ def test_diverged_run_is_replayed(
     assert replay.main([str(trained / "checkpoint_last.pth")]) == 2
 
 
-def write_gradients(data: Path, splits: dict[str, int]) -> None:
-    """Gradients and their norm for the first batch, with each number of accumulation steps, to a file of that name."""
+def write_gradients(data: Path, splits: dict[str, int], emptied: int) -> None:
+    """Gradients and their norm for the first batch, with each number of accumulation steps, to a file of that name.
+
+    The last ``emptied`` images of the global batch lose their targets.
+    """
     with distributed.process_group(torch.device("cpu"), 60):
         cfg = config.load(data / "tiny.yaml")
         train_set, _ = cfg.data.build_datasets()
@@ -214,23 +218,45 @@ def write_gradients(data: Path, splits: dict[str, int]) -> None:
                 accumulation_steps=accumulation_steps,
             )
             batches = next(iter(loader.iterate(0, 0)))
-            counts = [batch.targets.counts for batch in batches]
-            (total,) = distributed.host_sum([sum(map(sum, counts))])
-            assert distributed.host_sum([int(0 in sum(counts, ()))])[0], "an image without targets takes part"
-            norm, _ = step.backward(batches, total)
+            own = [batch.image_ids.tolist() for batch in batches]
+            order = [image for part in zip(*distributed.gather(own), strict=True) for ids in part for image in ids]
+            batches = [without_targets(batch, set(order[len(order) - emptied :])) for batch in batches]
+            counts = [count for batch in batches for count in batch.targets.counts]
+            assert 0 in sum(distributed.gather(counts), []), "an image without targets takes part"
+            per_process = distributed.gather(sum(counts))
+            norm, _ = step.backward(batches, sum(per_process))
             gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
             if distributed.is_main():
-                torch.save({"norm": norm, **gradients}, data / name)
+                torch.save({"norm": norm, "targets": torch.tensor(per_process), **gradients}, data / name)
 
 
-def test_detector_does_not_notice_how_its_batch_is_split(data: Path) -> None:
-    """1 × 8 = 1 × 4 × 2 = 2 × 4 = 2 × 2 × 2, denoising, mixed matching and all, in every gradient."""
-    write_gradients(data, {"1x8": 1, "1x4x2": 2})
-    ended = run_processes(functools.partial(write_gradients, data, {"2x4": 1, "2x2x2": 2}), processes=2)
-    assert [e.code for e in ended] == [0, 0], ended
+def without_targets(batch: Batch, images: set[int]) -> Batch:
+    """The batch, but for the targets of some of its images."""
+    kept = [image not in images for image in batch.image_ids.tolist()]
+    found = [
+        (labels[:0], boxes[:0]) if not keep else (labels, boxes)
+        for keep, (labels, boxes) in zip(kept, batch.targets.split(), strict=True)
+    ]
+    labels, boxes = zip(*found, strict=True)
+    return batch._replace(targets=Targets(torch.cat(labels), torch.cat(boxes), tuple(map(len, labels))))
+
+
+@pytest.mark.parametrize("emptied", [0, 4])
+def test_detector_does_not_notice_how_its_batch_is_split(data: Path, emptied: int) -> None:
+    """1 × 8 = 1 × 4 × 2 = 2 × 4 = 2 × 2 × 2, denoising, mixed matching and all, in every gradient.
+
+    With four images emptied, the second process of 2 × 4 has no target at all.
+    """
+    write_gradients(data, {"1x8": 1, "1x4x2": 2}, emptied)
+    two = functools.partial(write_gradients, data, {"2x4": 1, "2x2x2": 2}, emptied)
+    assert [e.code for e in run_processes(two, processes=2)] == [0, 0]
     whole = torch.load(data / "1x8", weights_only=True)
+    total = whole.pop("targets").sum()
     for other in ("1x4x2", "2x4", "2x2x2"):
         split = torch.load(data / other, weights_only=True)
+        targets = split.pop("targets")
+        assert targets.sum() == total
+        assert bool(targets[-1] == 0) == (emptied == 4 and other == "2x4")
         for name, value in whole.items():
             assert value is not None, name
-            torch.testing.assert_close(split[name], value, rtol=1e-4, atol=1e-5, msg=f"{other}: {name}")
+            torch.testing.assert_close(split[name], value, rtol=1e-5, atol=1e-6, msg=f"{other}: {name}")
