@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak --minutes 60 --every 15 -- python main.py --cfg configs/shapes_r18.yaml data.num_workers=1
 
-Linux only: figures come from /proc. Memory is the proportional set size, in which pages that processes share count once.
+Linux only: figures come from /proc. Memory is the proportional set size: pages that processes share count once.
 """
 
 from __future__ import annotations

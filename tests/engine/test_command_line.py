@@ -222,7 +222,7 @@ def write_gradients(data: Path, splits: dict[str, int], emptied: int) -> None:
             order = [image for part in zip(*distributed.gather(own), strict=True) for ids in part for image in ids]
             batches = [without_targets(batch, set(order[len(order) - emptied :])) for batch in batches]
             counts = [count for batch in batches for count in batch.targets.counts]
-            assert 0 in sum(distributed.gather(counts), []), "an image without targets takes part"
+            assert any(0 in gathered for gathered in distributed.gather(counts)), "an image without targets takes part"
             per_process = distributed.gather(sum(counts))
             norm, _ = step.backward(batches, sum(per_process))
             gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
