@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -49,6 +51,21 @@ def is_main() -> bool:
 def restart_count() -> int:
     """How often torchrun has started this run anew after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launcher() -> str:
+    """Which torchrun started this process: the same after its restarts, another for every launch.
+
+    Run ids and ports are not: without options they are the same for all launches. A process and the time of its start
+    are; the agent of torchrun is the parent of the processes of its machine.
+    """
+    parent = os.getppid()
+    try:
+        # Field 22, in ticks since the machine started; the second field may contain anything, in parentheses.
+        started = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = ""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {platform.node()} {parent} {started}".strip()
 
 
 def choose_device(choice: DeviceChoice = "auto") -> torch.device:

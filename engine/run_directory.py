@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from engine import checkpoint
 log = logging.getLogger(__name__)
 
 CONFIG, METRICS, LOG, ENVIRONMENT, LOCK = "config.yaml", "metrics.jsonl", "log.txt", "environment.jsonl", ".lock"
+LAUNCH = ".launch"
 CURVES, PREDICTIONS = "curves.png", "predictions.png"
 DETECTIONS = "detections.npz"
 
@@ -22,12 +24,13 @@ DETECTIONS = "detections.npz"
 class RunDirectory:
     """Exclusive hold on an output directory, until :meth:`close` or the end of the process, however it ends."""
 
-    def __init__(self, path: Path, *, resuming: bool) -> None:
+    def __init__(self, path: Path, *, resuming: bool, launchers: Sequence[str] = ()) -> None:
         """Create the directory where it is missing, and claim it.
 
         Args:
             path: the run's output directory.
             resuming: whether this run goes on with what the directory holds.
+            launchers: what started the processes, see :func:`launched_by`.
 
         Raises:
             ValueError: if it is not a writable directory, is in use, or holds another run.
@@ -41,7 +44,7 @@ class RunDirectory:
             raise ValueError(f"output_dir={path} cannot be written: {error.strerror}") from error
         try:
             self._lock_or_refuse()
-            self._claim(resuming)
+            self._claim(resuming, launchers)
         except ValueError:
             os.close(self._lock)
             raise
@@ -60,7 +63,7 @@ class RunDirectory:
                 f"output_dir={self.path} is in use by another run{by}: choose another output_dir"
             ) from error
 
-    def _claim(self, resuming: bool) -> None:
+    def _claim(self, resuming: bool, launchers: Sequence[str]) -> None:
         if not resuming:
             found = [
                 name for name in (checkpoint.LAST, checkpoint.BEST, METRICS, CONFIG) if (self.path / name).exists()
@@ -75,12 +78,22 @@ class RunDirectory:
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
             for leftover in self.path.glob(".*.writing"):
                 leftover.unlink()
+            (self.path / LAUNCH).write_text(json.dumps(list(launchers)), encoding="utf-8")
         except OSError as error:
             raise ValueError(f"output_dir={self.path} cannot be written: {error.strerror}") from error
 
     def close(self) -> None:
         """Give the directory free."""
         os.close(self._lock)
+
+
+def launched_by(path: Path, launchers: Sequence[str]) -> bool:
+    """Whether the directory was last claimed by processes of one of these launchers (``distributed.launcher``)."""
+    try:
+        recorded = json.loads((path / LAUNCH).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(recorded, list) and not set(launchers).isdisjoint(recorded)
 
 
 def record_start(directory: Path, config: str, environment: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from engine import checkpoint, distributed
 from engine.faults import DivergedError
-from engine.run_directory import RunDirectory
+from engine.run_directory import RunDirectory, launched_by
 from engine.signals import Interrupted, kill_children
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def open_run(output_dir: Path, resume: str | None, explicit: checkpoint.Loaded |
     """Claim the output directory and find the checkpoint to go on from; called by all processes together.
 
     When torchrun has started the processes again after a failure, the run goes on from its own last checkpoint,
-    whatever it was first started from.
+    whatever it was first started from. Its own: a directory that it was refused at first is refused again.
 
     Args:
         output_dir: of the run.
@@ -49,13 +49,15 @@ def open_run(output_dir: Path, resume: str | None, explicit: checkpoint.Loaded |
     Raises:
         ValueError: if the directory is not writable, in use, or holds another run; or if its checkpoints are unusable.
     """
-    search = resume == AUTO or distributed.restart_count() > 0
+    # Of all machines: after a restart the first process may be on another one.
+    launchers = sorted(set(distributed.gather(distributed.launcher())))
     inside = explicit is not None and explicit.path.resolve().parent == output_dir.resolve()
     directory = None
     found: Path | None = None
     with distributed.agreed_errors():
         if distributed.is_main():
-            directory = RunDirectory(output_dir, resuming=search or inside)
+            search = resume == AUTO or (distributed.restart_count() > 0 and launched_by(output_dir, launchers))
+            directory = RunDirectory(output_dir, resuming=search or inside, launchers=launchers)
             if search:
                 latest, problems = checkpoint.find_latest(output_dir)
                 found = None if latest is None else latest.path

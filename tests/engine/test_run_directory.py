@@ -4,6 +4,9 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from test_survival import wait_for_step
 from tiny_training import Options
 from training_processes import run_processes, start_processes
 
-from engine import session
+from engine import distributed, session
 from engine.run_directory import RunDirectory, forget_after
 
 
@@ -40,6 +43,28 @@ def test_a_checkpoint_elsewhere_does_not_open_an_occupied_directory(tmp_path: Pa
         assert opened.loaded is loaded
         assert opened.directory is not None
         opened.directory.close()
+
+
+def test_a_restart_goes_on_with_its_own_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun restarts also what was refused: the run of another launch must not be taken for its own."""
+    options = Options(directory=str(tmp_path / "run"), steps=2)
+    tiny_training.train(options)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with monkeypatch.context() as another:
+        another.setattr(distributed, "launcher", lambda: "another torchrun")
+        with pytest.raises(ValueError, match="already holds a run"):
+            tiny_training.train(replace(options, steps=4))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert tiny_training.train(replace(options, steps=4)).step == 4
+
+
+def test_a_launcher_is_a_process_and_its_start() -> None:
+    (here,) = {distributed.launcher() for _ in range(2)}
+    assert f" {os.getppid()} " in here
+    command = [sys.executable, "-c", "from engine import distributed; print(distributed.launcher())"]
+    child = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert child.stdout.strip() != here
 
 
 def test_directory_in_use_is_refused_and_free_after_a_kill(tmp_path: Path) -> None:

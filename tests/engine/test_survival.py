@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_training
@@ -136,7 +137,7 @@ def test_dead_process_ends_the_others_with_a_reason(tmp_path: Path) -> None:
 
 def test_hanging_process_is_given_up(tmp_path: Path) -> None:
     """A stopped process keeps its connections open: only the time tells."""
-    hanging = {"signal_at": 5, "signal_number": int(signal.SIGSTOP), "signal_rank": 1}
+    hanging: dict[str, Any] = {"signal_at": 5, "signal_number": int(signal.SIGSTOP), "signal_rank": 1}
     options = Options(directory=str(tmp_path / "run"), collective_timeout=3, **hanging)
     waiting, stopped = start_processes([options], processes=2)
     try:
