@@ -75,7 +75,8 @@ def backward(
     value, _, _, reference, samples, weights = arguments
     wide = value.to(torch.float32) if value.dtype in (torch.bfloat16, torch.float16) else value
     call = _Call(arguments._replace(value=wide))
-    grad_value = torch.zeros(value.shape, dtype=call.dtype)
+    # The kernel writes every pixel; but it does not run where there is nothing to attend.
+    grad_value = (torch.zeros if call.empty else torch.empty)(value.shape, dtype=call.dtype)
     grad_samples = torch.empty(samples.shape, dtype=call.dtype)
     grad_weights = torch.empty(weights.shape, dtype=call.dtype)
     grad_reference = None

@@ -23,7 +23,7 @@ struct Problem {
   const void* weights;      // logits or weights
   void* output;             // [B, Q, H, D]
   const void* grad_output;  // [B, Q, H, D]
-  void* grad_value;         // [B, S, H, D] of the accumulation type, zeroed by the caller
+  void* grad_value;         // [B, S, H, D] of the accumulation type
   void* grad_samples;
   void* grad_weights;
   void* grad_reference;     // or null
