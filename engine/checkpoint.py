@@ -14,7 +14,7 @@ import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def write(directory: Path, state: Mapping[str, Any], *, best: bool = False) -> N
     temporary = directory / f".{LAST}.writing"
     try:
         with temporary.open("wb") as file:
-            _serialise(state, file)
+            serialise({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         if best:
@@ -71,9 +71,16 @@ def write(directory: Path, state: Mapping[str, Any], *, best: bool = False) -> N
     _sync_directory(directory)
 
 
-def _serialise(state: Mapping[str, Any], file: Any) -> None:
+def serialise(content: Mapping[str, Any], file: IO[bytes]) -> None:
+    """torch.save, but with the OSError of a write that failed, which torch reports as a RuntimeError without reason.
+
+    ``file`` must be open: given a path, torch writes by itself and the reason is lost altogether.
+
+    Raises:
+        OSError: if it cannot be written, for example on a full disk.
+    """
     try:
-        torch.save({"format": FORMAT, **state}, file)
+        torch.save(dict(content), file)
     except RuntimeError as error:
         # Closing the archive after a failed write raises once more and hides the reason.
         if isinstance(error.__context__, OSError):

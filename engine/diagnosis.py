@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from engine.checkpoint import serialise
 from engine.step import Criterion, Precision, forward_loss, is_finite, seed_step
 from structures import Batch, Targets
 
@@ -174,7 +175,11 @@ class StepRecord(NamedTuple):
         )
 
     def save(self, path: Path, model: nn.Module, diagnosis: Diagnosis, identity: Mapping[str, Any]) -> None:
-        """Write the step, the weights it met and the identity of the run (configuration, classes) to one file."""
+        """Write the step, the weights it met and the identity of the run (configuration, classes) to one file.
+
+        Raises:
+            OSError: if it cannot be written; nothing is left behind.
+        """
         batches = [
             {**batch.to("cpu")._asdict(), "targets": batch.targets.to("cpu")._asdict()} for batch in self.batches
         ]
@@ -187,7 +192,14 @@ class StepRecord(NamedTuple):
             "diagnosis": diagnosis._asdict(),
             "weights": model.state_dict(),
         }
-        torch.save(content, path)
+        temporary = path.with_name(f".{path.name}.writing")
+        try:
+            with temporary.open("wb") as file:
+                serialise(content, file)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        temporary.replace(path)
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], path: Path) -> StepRecord:

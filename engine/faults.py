@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from engine import distributed
 from engine.diagnosis import StepRecord
@@ -38,6 +39,18 @@ class NonFiniteSteps:
         self.directory, self.identity, self.seed, self.allowed = directory, identity, seed, allowed
         self.counters = {"nonfinite_steps": 0, "overflows": 0}
         self._dumps = 0
+        self._buffers: list[Tensor] = []
+
+    def remember_buffers(self, model: nn.Module) -> None:
+        """Called before each step: a forward pass writes running statistics, which a bad one would spoil for good."""
+        if self.allowed:
+            self._buffers = [buffer.clone() for buffer in model.buffers()]
+
+    def _restore_buffers(self, model: nn.Module) -> None:
+        if self._buffers:
+            with torch.no_grad():
+                for buffer, before in zip(model.buffers(), self._buffers, strict=True):
+                    buffer.copy_(before)
 
     def handle(
         self,
@@ -72,7 +85,9 @@ class NonFiniteSteps:
 
     def _investigate(self, optimizer_step: OptimizerStep, record: StepRecord) -> str:
         """Run the step again, keep it where it went bad, and say what was found on which processes."""
+        self._restore_buffers(optimizer_step.module)
         diagnosis = record.run_again(optimizer_step.module, optimizer_step.criterion, optimizer_step.device)
+        self._restore_buffers(optimizer_step.module)
         begun_here = not diagnosis.is_finite
         # The others have only received the gradients. If nobody finds anything, everybody keeps the step.
         begun_somewhere = any(distributed.gather(begun_here))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ def test_dump_runs_again_with_the_same_random_numbers(tmp_path: Path) -> None:
         StepRecord.from_content({"weights": {}}, path)
 
 
-def test_skipped_steps_are_counted_and_leave_the_weights_alone(tmp_path: Path) -> None:
-    options = Options(directory=str(tmp_path / "run"), nan_at=6, max_nonfinite_steps=1)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_skipped_steps_are_counted_and_leave_the_weights_alone(tmp_path: Path, batch_norm: bool) -> None:
+    options = Options(directory=str(tmp_path / "run"), nan_at=6, max_nonfinite_steps=1, batch_norm=batch_norm)
     trainer = train(options)
     assert trainer.step == options.steps
     assert trainer.faults.counters["nonfinite_steps"] == 1
@@ -65,7 +67,11 @@ def test_skipped_steps_are_counted_and_leave_the_weights_alone(tmp_path: Path) -
     assert state["counters"]["nonfinite_steps"] == 1
     assert state["ema"]["updates"] == options.steps - 1
     assert next(iter(state["optimizer"]["state"].values()))["step"] == options.steps - 1
-    assert all(bool(torch.isfinite(value).all()) for value in state["weights"].values())
+    dump = torch.load(tmp_path / "run/nonfinite_step6_rank0.pth", weights_only=True)
+    for weights in (state["weights"], state["ema"]["weights"], dump["weights"]):
+        assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+    if batch_norm:
+        assert state["weights"]["norm.num_batches_tracked"] == options.steps - 1
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert records[6]["grad_norm"] is None, "NaN is not JSON"
     with pytest.raises(DivergedError):  # the count outlives a restart
@@ -79,6 +85,20 @@ def test_dumps_are_bounded(tmp_path: Path) -> None:
     for step in range(MAX_DUMPS + 2):
         trainer.faults.handle(trainer.optimizer_step, step, [batch], 3, [])
     assert len(list(tmp_path.glob("nonfinite_*.pth"))) == MAX_DUMPS
+
+
+def test_full_disk_leaves_the_diagnosis_and_no_half_dump(tmp_path: Path) -> None:
+    trainer = build(Options(directory=str(tmp_path), ballast_mib=2))
+    batch = make_batch([1, 2])
+    batch = batch._replace(images=batch.images * float("inf"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(DivergedError, match=r"first bad layer backbone.*cannot keep it: File too large"):
+            trainer.faults.handle(trainer.optimizer_step, 4, [batch], 3, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_stop_together_and_the_guilty_one_keeps_the_batch(tmp_path: Path) -> None:
