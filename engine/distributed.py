@@ -16,6 +16,7 @@ from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 T = TypeVar("T")
 
@@ -143,6 +144,20 @@ def gather(value: T) -> list[T]:
     values: list[T | None] = [None] * world_size()
     dist.all_gather_object(values, value)
     return cast("list[T]", values)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the floating-point buffers of the first one, such as running statistics.
+
+    DistributedDataParallel does so only at the start of a forward pass in training: what that pass then adds is each
+    process's own.
+    """
+    if not is_connected():
+        return
+    with torch.no_grad():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, 0)
 
 
 @contextmanager

@@ -221,6 +221,7 @@ class Trainer:
         step = self.optimizer_step
         set_learning_rate(step.optimizer, self.schedule.factor(self.step, self.steps_per_epoch))
         seed_step(self.seed, distributed.rank(), self.step)
+        self.faults.remember_buffers(step.module)
         gradient_norm, losses = step.backward(batches, num_targets)
         norm = float(gradient_norm)
         if not math.isfinite(norm):
@@ -261,6 +262,7 @@ class Trainer:
         self._save()
         began = time.perf_counter()
         model = self.optimizer_step.module if self.average is None else self.average.model
+        distributed.share_buffers(model)
         metrics = self.evaluate(model, lambda: bool(stop.signal_number))
         self._agree(stop)
         self.metrics = {**metrics, "seconds": time.perf_counter() - began}

@@ -1,5 +1,6 @@
 """A run gives the same bits however often it is interrupted, and the same gradients however its batch is split."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from tiny_training import Options, Trainer, build, train
 from torch import Tensor
 from training_processes import run_processes
 
-from engine import checkpoint
+from engine import checkpoint, distributed
 from engine.signals import Interrupted
 
 VARIABLE = {"environment", "seconds"}
@@ -187,6 +188,20 @@ def test_gradients_do_not_depend_on_the_split(shared: Path, other: str, referenc
         assert value is not None
         assert value.abs().sum() > 0
         torch.testing.assert_close(a[key], value, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def evaluate_everywhere(options: Options) -> None:
+    """Train and evaluate; each process then has its own metrics, which must be those of all."""
+    with distributed.process_group(torch.device("cpu"), 60):
+        trainer = train(options)
+        found = distributed.gather(trainer.metrics["AP"])
+        assert len(set(found)) == 1, found
+
+
+def test_processes_evaluate_the_same_running_statistics(tmp_path: Path) -> None:
+    options = Options(directory=str(tmp_path / "run"), steps=3, batch_norm=True)
+    ended = run_processes(functools.partial(evaluate_everywhere, options), processes=2)
+    assert [e.code for e in ended] == [0, 0], ended[0].errors
 
 
 def test_another_division_into_steps_is_refused(tmp_path: Path) -> None:
