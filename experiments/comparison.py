@@ -98,6 +98,22 @@ def collect(paths: Sequence[Path], decode: Decode | None = None) -> tuple[list[M
     return members, baseline
 
 
+def check_baseline(plan: Plan, resolved: Mapping[str, Mapping[str, Any]]) -> None:
+    """See before the first run starts that the plan's baseline will be found among the rows.
+
+    Args:
+        plan: of the sweep.
+        resolved: configuration of each run, by name.
+
+    Raises:
+        ValueError: no row, or more than one, fits.
+    """
+    if plan.baseline is not None:
+        nothing = Run(plan.out, "missing", "", {}, [], [], {})
+        members = [Member(nothing, run.variant, without_machine(resolved[run.name])) for run in plan.runs]
+        find_baseline(group(members), plan.baseline)
+
+
 def _planned(plan: Plan, decode: Decode | None) -> list[Member]:
     members = []
     for planned in plan.runs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -10,18 +12,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
 from engine.run_directory import METRICS
 from experiments.plan import STATE_DIRECTORY, Plan, PlannedRun
-from experiments.runs import read_metrics, read_run
+from experiments.progress import Length, seconds_left
+from experiments.runs import State, read_metrics, read_run
 
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 30.0
-"""Between lines of progress where the output is not a terminal."""
+"""Between lines of progress."""
+SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""The variable that tells torchrun (of torch 2.12 or later) how many seconds to wait for its processes to stop."""
+SECONDS_TO_STOP = 600
+"""The default for runs that are started here: nobody has set a time limit, and a checkpoint may be large."""
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Launch(NamedTuple):
@@ -69,25 +80,47 @@ class _Job(NamedTuple):
 class Launcher:
     """Starts what is missing of a sweep, and keeps going when a run fails."""
 
-    def __init__(self, plan: Plan, launch: Launch, say: Callable[[str], None] = print) -> None:
-        self.plan, self.launch, self.say = plan, launch, say
+    def __init__(
+        self,
+        plan: Plan,
+        launch: Launch,
+        say: Callable[[str], None] = print,
+        lengths: Mapping[str, Length | None] | None = None,
+    ) -> None:
+        """Prepare; nothing is started yet.
+
+        Args:
+            plan: the sweep.
+            launch: how its runs are started.
+            say: is given lines of progress.
+            lengths: planned length of the runs by their names; where one is missing, there is no ETA.
+        """
+        self.plan, self.launch, self._print = plan, launch, say
+        self.lengths = lengths or {}
         self.failed: list[PlannedRun] = []
         self._stop = 0
         self._jobs: list[_Job] = []
-        self._durations: list[float] = []
+        self._pending: list[PlannedRun] = []
+        self._elsewhere: list[PlannedRun] = []
         self._reported = 0.0
+
+    def say(self, text: str) -> None:
+        """A line of progress; the sweep goes on where nobody listens any more, as after the end of a terminal."""
+        with contextlib.suppress(OSError):
+            self._print(text)
 
     def run(self) -> int:
         """Run everything that is not done yet.
 
         Returns:
-            0 if all runs are done now, 1 if some have failed, 128 + the signal's number if it was stopped.
+            0 if all runs are done now, 1 if some have failed or are run by another process, 128 + the signal's number
+            if it was stopped.
 
         Raises:
             ValueError: another process is working on this sweep.
         """
         lock = self._claim()
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, self._on_signal) for number in _STOPPING}
         try:
             return self._run()
         finally:
@@ -111,35 +144,44 @@ class Launcher:
         return lock
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Ask the runs to stop in good order; the second time too, they then stop at once."""
-        self._stop = number
-        for job in self._jobs:
-            job.process.send_signal(number)
+        """Ask the runs to stop in good order, once: another signal would keep torchrun from waiting for its own."""
+        if not self._stop:
+            self._stop = number
+            for job in self._jobs:
+                self._ask_to_stop(job)
+
+    def _ask_to_stop(self, job: _Job) -> None:
+        # The runs know no SIGHUP: they have no terminal to lose.
+        job.process.send_signal(signal.SIGTERM if self._stop == signal.SIGHUP else self._stop)
 
     def _run(self) -> int:
-        pending = [run for run in self.plan.runs if self._state(run) != "done"]
-        self._done = len(self.plan.runs) - len(pending)
+        self._pending = [run for run in self.plan.runs if self._state(run) != "done"]
+        self._done = len(self.plan.runs) - len(self._pending)
         if self._done:
             self.say(f"{self._done} of {len(self.plan.runs)} runs are done already")
-        while (pending and not self._stop) or self._jobs:
-            while pending and not self._stop and len(self._jobs) < self.launch.jobs:
-                self._start(pending.pop(0))
+        while (self._pending and not self._stop) or self._jobs:
+            while self._pending and not self._stop and len(self._jobs) < self.launch.jobs:
+                self._start(self._pending.pop(0))
             time.sleep(POLL_SECONDS)
             for job in [job for job in self._jobs if job.process.poll() is not None]:
                 self._jobs.remove(job)
-                self._finish(job, len(pending))
-            self._report(len(pending))
+                self._finish(job)
+            self._report()
         if self._stop:
             self.say(f"stopped by {signal.Signals(self._stop).name}; the same command goes on")
             return 128 + self._stop
-        return 1 if self.failed else 0
+        return 1 if self.failed or self._elsewhere else 0
 
-    def _state(self, run: PlannedRun) -> str:
+    def _state(self, run: PlannedRun) -> State:
         return read_run(self.plan.directory(run), self.plan.outcome_file(run)).state
 
     def _start(self, run: PlannedRun) -> None:
+        if self._state(run) == "running":
+            self._elsewhere.append(run)
+            self.say(f"{run.name}: left out, another process is running it; call again when it has ended")
+            return
         slot = next(i for i in range(self.launch.jobs) if i not in {job.slot for job in self._jobs})
-        number = self._done + len(self.failed) + len(self._jobs) + 1
+        number = self._done + len(self.failed) + len(self._elsewhere) + len(self._jobs) + 1
         self.plan.outcome_file(run).unlink(missing_ok=True)
         with self.plan.log_file(run).open("ab") as log:
             # In a session of its own, so that Ctrl-C reaches it once, from here.
@@ -150,13 +192,17 @@ class Launcher:
                 stderr=subprocess.STDOUT,
                 env=self._environment(slot),
                 start_new_session=True,
+                preexec_fn=_end_with_parent if _LIBC is not None else None,
             )
         self._jobs.append(_Job(run, process, time.monotonic(), slot))
+        if self._stop:  # between the start and the line above, when the signal's handler did not know of the run
+            self._ask_to_stop(self._jobs[-1])
         self.say(f"[{number}/{len(self.plan.runs)}] {run.name}: started, log in {self.plan.log_file(run)}")
 
     def _environment(self, slot: int) -> dict[str, str]:
         """Runs side by side share the cores, and each has GPUs of its own."""
         environment = dict(os.environ)
+        environment.setdefault(SHUTDOWN_TIMEOUT, str(SECONDS_TO_STOP))
         if self.launch.jobs > 1:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // (self.launch.jobs * self.launch.processes))))
@@ -166,28 +212,28 @@ class Launcher:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(own))
         return environment
 
-    def _finish(self, job: _Job, waiting: int) -> None:
+    def _finish(self, job: _Job) -> None:
         seconds = time.monotonic() - job.began
         code = job.process.returncode
         code = 128 - code if code < 0 else code
+        stopped = bool(self._stop) and code != 0
         message = "" if code == 0 else last_words(self.plan.log_file(job.run))
-        outcome = {"exit_code": code, "message": message, "seconds": round(seconds, 1)}
+        outcome = {"exit_code": code, "message": message, "seconds": round(seconds, 1), "stopped": stopped}
         self.plan.outcome_file(job.run).write_text(json.dumps(outcome) + "\n", encoding="utf-8")
-        if self._stop and code != 0:
+        if stopped:
             self.say(f"{job.run.name}: stopped after {duration(seconds)}")
             return
         if code == 0:
             self._done += 1
-            self._durations.append(seconds)
             _, evals = read_metrics(self.plan.directory(job.run) / METRICS)
             result = f", AP {evals[-1]['AP']:.2f}" if evals and evals[-1].get("AP") is not None else ""
             words = f"done in {duration(seconds)}{result}"
         else:
             self.failed.append(job.run)
             words = f"FAILED after {duration(seconds)}: {message}"
-        self.say(f"{job.run.name}: {words}; {self._summary(waiting)}")
+        self.say(f"{job.run.name}: {words}; {self._summary()}")
 
-    def _report(self, waiting: int) -> None:
+    def _report(self) -> None:
         """A line of progress now and then."""
         if not self._jobs or time.monotonic() - max(self._reported, self._jobs[0].began) < REPORT_SECONDS:
             return
@@ -197,36 +243,25 @@ class Launcher:
             train, _ = read_metrics(self.plan.directory(job.run) / METRICS)
             at = f"epoch {train[-1]['epoch']:.2f}, loss {train[-1].get('loss') or float('nan'):.3f}" if train else "…"
             parts.append(f"{job.run.name} ({at})")
-        self.say(f"running {', '.join(parts)}; {self._summary(waiting)}")
+        self.say(f"running {', '.join(parts)}; {self._summary()}")
 
-    def _summary(self, waiting: int) -> str:
+    def _summary(self) -> str:
         failed = f", {len(self.failed)} failed" if self.failed else ""
         text = f"{self._done} of {len(self.plan.runs)} done{failed}"
-        if not waiting and not self._jobs:
+        names = [job.run.name for job in self._jobs] + [run.name for run in self._pending]
+        if not names:
             return text
-        left = self._seconds_left(waiting)
+        runs = {run.name: read_run(self.plan.directory(run)) for run in self.plan.runs}
+        left = seconds_left(
+            list(runs.values()), [(runs[name], self.lengths.get(name)) for name in names], self.launch.jobs
+        )
         return f"{text}, ETA {'unknown' if left is None else duration(left)}"
 
-    def _seconds_left(self, waiting: int) -> float | None:
-        """From the run times so far, or from what the present runs expect of themselves."""
-        now = time.monotonic()
-        remaining = []
-        for job in self._jobs:
-            train, _ = read_metrics(self.plan.directory(job.run) / METRICS)
-            # A resumed run's old records say nothing about now, but its next one will.
-            remaining.append(train[-1].get("eta_seconds") if train else None)
-        known = [(job, left) for job, left in zip(self._jobs, remaining, strict=True) if left is not None]
-        if self._durations:
-            whole = sum(self._durations) / len(self._durations)
-        elif known:
-            whole = sum(now - job.began + left for job, left in known) / len(known)
-        else:
-            return None
-        running = [
-            max(0.0, whole - (now - job.began)) if left is None else left
-            for job, left in zip(self._jobs, remaining, strict=True)
-        ]
-        return (sum(running) + waiting * whole) / max(1, min(self.launch.jobs, len(running) + waiting))
+
+def _end_with_parent() -> None:
+    """In a new process, before its program starts: have it told to stop should the launcher be killed."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def last_words(log: Path) -> str:

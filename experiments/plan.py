@@ -49,7 +49,8 @@ class Plan(NamedTuple):
         return self.out / run.name
 
     def outcome_file(self, run: PlannedRun) -> Path:
-        """What became of the run when it was last started: JSON with ``exit_code`` and perhaps ``message``."""
+        """What became of the run when it was last started: JSON with ``exit_code``, and perhaps ``message`` and
+        ``stopped``: whether it was asked to stop (torchrun's exit code does not tell)."""
         return self.out / STATE_DIRECTORY / f"{run.name}.json"
 
     def log_file(self, run: PlannedRun) -> Path:
@@ -100,12 +101,17 @@ def resolve_all(plan: Plan, decode: Decode) -> dict[str, dict[str, Any]]:
             values = decode(plan.cfg, [*run.overrides, f"output_dir={plan.directory(run)}"])
         except ValueError as error:
             raise ValueError(f"run {run.name}: {error}") from error
-        text = json.dumps(without_machine(values), sort_keys=True)
+        text = _identity(values)
         if text in seen:
             raise ValueError(f"runs {seen[text]} and {run.name} have the same configuration: remove one of them")
         seen[text] = run.name
         resolved[run.name] = values
     return resolved
+
+
+def _identity(values: Mapping[str, Any]) -> str:
+    """The same for resolved configurations that teach the same."""
+    return json.dumps(without_machine(values), sort_keys=True)
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -187,20 +193,25 @@ def read_manifest(out: Path) -> Plan | None:
         raise ValueError(f"{path}: damaged, cannot be read as the manifest of a sweep ({error!r})") from error
 
 
-def extend(old: Plan, new: Plan) -> Plan:
+def extend(old: Plan, new: Plan, decode: Decode) -> Plan:
     """The runs of both, those of the old plan first: a sweep may grow.
+
+    A run is known by its resolved configuration, and keeps the name that it had, in whatever way it is asked for: with
+    other axes their names are others.
 
     Raises:
         ValueError: the new plan contradicts the old one.
     """
-    if old.cfg != new.cfg:
+    if old.cfg.resolve() != new.cfg.resolve():
         raise ValueError(f"{old.out} holds a sweep over {old.cfg}, not {new.cfg}: choose another --out")
-    known = {run.name: run for run in old.runs}
-    for run in new.runs:
-        if run.name in known and known[run.name] != run:
+    known = {_identity(values) for values in resolve_all(old, decode).values()}
+    resolved = resolve_all(new, decode)
+    added = [run for run in new.runs if _identity(resolved[run.name]) not in known]
+    names = {run.name: run for run in old.runs}
+    for run in added:
+        if run.name in names:
             raise ValueError(
-                f"{old.out} holds a run {run.name} with other overrides ({' '.join(known[run.name].overrides)}): "
+                f"{old.out} holds a run {run.name} with other overrides ({' '.join(names[run.name].overrides)}): "
                 "choose another --out"
             )
-    added = tuple(run for run in new.runs if run.name not in known)
-    return Plan(old.cfg, old.out, new.baseline or old.baseline, old.runs + added)
+    return Plan(old.cfg, old.out, new.baseline or old.baseline, (*old.runs, *added))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from engine.run_directory import CONFIG, ENVIRONMENT, METRICS
+from engine.run_directory import CONFIG, ENVIRONMENT, LOCK, METRICS
 
-State = Literal["done", "failed", "unfinished", "missing"]
+State = Literal["done", "running", "failed", "unfinished", "missing"]
 
 
 class Run(NamedTuple):
@@ -18,7 +21,7 @@ class Run(NamedTuple):
 
     directory: Path
     state: State
-    """``unfinished`` is interrupted, or still going on."""
+    """``running``: a process holds the directory at this moment; ``unfinished``: interrupted."""
     message: str
     """Why it failed; empty otherwise."""
     config: dict[str, Any]
@@ -53,13 +56,31 @@ def read_run(directory: Path, outcome_file: Path | None = None) -> Run:
     state: State
     if is_finished(train, evals):
         state = "done"
-    elif outcome.get("exit_code", 0) not in (0, 130, 143):
+    elif is_running(directory):
+        state = "running"
+    elif outcome.get("exit_code", 0) not in (0, 130, 143) and not outcome.get("stopped"):
         state = "failed"
     else:
         state = "unfinished" if config or train else "missing"
     message = str(outcome.get("message") or f"exit code {outcome.get('exit_code')}") if state == "failed" else ""
     starts = _read_lines(directory / ENVIRONMENT)
     return Run(directory, state, message, config, train, evals, starts[-1] if starts else {})
+
+
+def is_running(directory: Path) -> bool:
+    """Whether another process holds the directory, wherever on this machine (or on a shared disk) it was started."""
+    try:
+        lock = os.open(directory / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        # Shared and given back at once: it is refused only while a run has its own.
+        fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    finally:
+        os.close(lock)
+    return False
 
 
 def is_finished(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> bool:

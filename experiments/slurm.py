@@ -6,11 +6,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.launch import Launch, command
+from experiments.launch import SHUTDOWN_TIMEOUT, Launch, command
 from experiments.plan import STATE_DIRECTORY, Plan, PlannedRun
 
 SECONDS_TO_SAVE = 120
 """Before the time limit, the run is asked to write a checkpoint and stop."""
+SECONDS_TO_END = 20
+"""Of these, left to torchrun and the script for noting how the run ended."""
 
 
 def script(plan: Plan, runs: Sequence[PlannedRun], launch: Launch, directory: Path, limit: str) -> str:
@@ -32,10 +34,13 @@ def script(plan: Plan, runs: Sequence[PlannedRun], launch: Launch, directory: Pa
         commands.append(f"  {shlex.quote(shlex.join(words))}")
     names = "\n".join(f"  {shlex.quote(run.name)}" for run in runs)
     quoted = "\n".join(commands)
-    state = shlex.quote(str(plan.out / STATE_DIRECTORY))
+    out = directory / plan.out
+    state = shlex.quote(str(out / STATE_DIRECTORY))
+    # sbatch reads quotes as a shell does, and takes per cent for the beginning of a pattern.
+    log = shlex.quote(f"{str(out / STATE_DIRECTORY).replace('%', '%%')}/slurm-%a.log")
     return f"""#!/bin/bash
-# {len(runs)} runs of {plan.out}; submit with: sbatch {plan.out}/sweep.sbatch
-#SBATCH --job-name={plan.out.name}
+# {len(runs)} runs of {plan.out}; submit with: sbatch {shlex.quote(str(plan.out / "sweep.sbatch"))}
+#SBATCH --job-name={shlex.quote(out.resolve().name)}
 #SBATCH --array=0-{len(runs) - 1}%{launch.jobs if launch.jobs > 1 else len(runs)}
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -45,7 +50,7 @@ def script(plan: Plan, runs: Sequence[PlannedRun], launch: Launch, directory: Pa
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@{SECONDS_TO_SAVE}
 #SBATCH --open-mode=append
-#SBATCH --output={plan.out / STATE_DIRECTORY}/slurm-%a.log
+#SBATCH --output={log}
 set -u
 cd {shlex.quote(str(directory))} || exit 2
 
@@ -58,15 +63,18 @@ arguments=(
 
 name=${{names[$SLURM_ARRAY_TASK_ID]}}
 mkdir -p {state}
-stopped=0
+# How long torchrun waits for its processes before it kills them (30 s, whatever is written here, before torch 2.12).
+export {SHUTDOWN_TIMEOUT}={SECONDS_TO_SAVE - SECONDS_TO_END}
+stopped=false
 # The ampersand inside makes the program itself the child, not a shell that would keep the signal from it.
 eval "torchrun --standalone --nproc-per-node {launch.processes} ${{arguments[$SLURM_ARRAY_TASK_ID]}} &"
 child=$!
-trap 'stopped=1; kill -TERM "$child"' TERM
+trap 'stopped=true; kill -TERM "$child"' TERM
 wait "$child"; code=$?
 # A trapped signal ends the first wait; the run itself ends once its checkpoint is written.
 while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
-printf '{{"exit_code": %d}}\\n' "$code" > {state}/"$name.json"
-if [ "$stopped" = 1 ] && [ "$code" != 0 ]; then scontrol requeue "$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"; fi
+# torchrun ends with 1 when it was told to stop, as it does when the run has failed.
+printf '{{"exit_code": %d, "stopped": %s}}\\n' "$code" "$stopped" > {state}/"$name.json"
+if [ "$stopped" = true ] && [ "$code" != 0 ]; then scontrol requeue "$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"; fi
 exit "$code"
 """

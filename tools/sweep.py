@@ -7,12 +7,14 @@ Without a grid, it goes on with the sweep in --out. `python -m tools.compare` ma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import config
+from experiments.comparison import check_baseline
 from experiments.grid import parse_grid
 from experiments.launch import Launch, Launcher, describe, shell_line
 from experiments.plan import (
@@ -25,6 +27,7 @@ from experiments.plan import (
     without_machine,
     write_manifest,
 )
+from experiments.progress import Length, planned_length
 from experiments.runs import read_run
 from experiments.slurm import script
 from experiments.sweep_file import Sweep, read_sweep
@@ -44,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--sweep", type=Path, help="sweep file (configs/sweeps/*.yaml): configuration, variants and grid")
     parser.add_argument("axes", nargs="*", metavar="KEY=VALUES", help="a,b,c or 0..2; a single value is for all runs")
     parser.add_argument("--out", type=Path, required=True, help="directory of the sweep, with one directory a run")
-    parser.add_argument("--baseline", help="variant or key=value that compare takes as the baseline")
+    parser.add_argument("--baseline", help="variant or key=value that compare takes as the baseline; '' for none")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="validate, show the runs and their state, start nothing")
     mode.add_argument("--list", action="store_true", help="print the command of each run that is not done, one a line")
@@ -59,8 +62,8 @@ def _decode(cfg: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return config.to_dict(config.load(cfg, overrides))
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
-    """The runs that the command line and the directory describe, all of them valid.
+def plan_of(args: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]:
+    """The runs that the command line and the directory describe, all of them valid, and their configurations.
 
     Raises:
         ValueError: something about them is wrong.
@@ -74,27 +77,30 @@ def plan_of(args: argparse.Namespace) -> Plan:
             raise ValueError("the grid is empty: give at least one KEY=VALUES, such as seed=0..2")
         sweep = Sweep(cfg=args.cfg).updated(grid)
     elif existing is not None and not grid:
-        resolve_all(existing, _decode)
-        return existing
+        sweep = None
     else:
         raise ValueError(
             f"--cfg or --sweep is needed: {args.out} holds no {MANIFEST} to go on with"
             if existing is None
             else "to add runs to a sweep, give its --cfg or --sweep as well"
         )
-    plan = make_plan(sweep, args.out, _decode)
+    if sweep is None:
+        assert existing is not None
+        plan = existing
+    else:
+        plan = make_plan(sweep, args.out, _decode)
+        plan = plan if existing is None else extend(existing, plan, _decode)
+    resolved = resolve_all(plan, _decode)
     if args.baseline is not None:
-        plan = plan._replace(baseline=args.baseline)
-    if existing is None:
-        return plan
-    plan = extend(existing, plan)
-    resolve_all(plan, _decode)
-    return plan
+        plan = plan._replace(baseline=args.baseline or None)
+    if args.baseline is not None or sweep is not None:
+        check_baseline(plan, resolved)
+    return plan, resolved
 
 
-def check_directories(plan: Plan) -> None:
+def check_directories(plan: Plan, resolved: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ValueError if a run directory holds a run of another configuration."""
-    for name, values in resolve_all(plan, _decode).items():
+    for name, values in resolved.items():
         found = read_run(plan.out / name).config
         if not found:
             continue
@@ -114,22 +120,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if min(args.jobs, args.nproc_per_node) < 1:
             raise ValueError("--jobs and --nproc-per-node must be at least 1")
-        plan = plan_of(args)
-        check_directories(plan)
-        return _act(plan, args)
+        plan, resolved = plan_of(args)
+        check_directories(plan, resolved)
+        return _act(plan, {name: planned_length(values) for name, values in resolved.items()}, args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _act(plan: Plan, args: argparse.Namespace) -> int:
+def _act(plan: Plan, lengths: Mapping[str, Length | None], args: argparse.Namespace) -> int:
     here = Path.cwd()
     main_file = MAIN.relative_to(here) if MAIN.is_relative_to(here) else MAIN
     launch = Launch(main_file, args.nproc_per_node, args.jobs)
-    missing = [run for run in plan.runs if read_run(plan.directory(run)).state != "done"]
+    missing = [run for run in plan.runs if read_run(plan.directory(run)).state not in ("done", "running")]
     if args.dry_run:
         print("\n".join(describe(plan)))
-        print(f"{len(plan.runs)} runs, {len(plan.runs) - len(missing)} done")
+        states = [read_run(plan.directory(run)).state for run in plan.runs]
+        print(f"{len(plan.runs)} runs, {states.count('done')} done")
         return 0
     if args.list:
         for run in missing:
@@ -138,17 +145,19 @@ def _act(plan: Plan, args: argparse.Namespace) -> int:
     write_manifest(plan)
     if args.slurm:
         if not missing:
-            print("all runs are done: there is nothing to submit")
+            print("all runs are done or running: there is nothing to submit")
             return 0
         path = plan.out / "sweep.sbatch"
         path.write_text(script(plan, missing, launch, here, args.time_limit), encoding="utf-8")
         print(f"wrote {path} for {len(missing)} runs: sbatch {path}")
         return 0
-    launcher = Launcher(plan, launch, say=lambda text: print(text, flush=True))
+    launcher = Launcher(plan, launch, lambda text: print(text, flush=True), lengths)
     code = launcher.run()
     for run in launcher.failed:
-        print(f"failed: {run.name}: {read_run(plan.directory(run), plan.outcome_file(run)).message}", file=sys.stderr)
-    print(f"compare: python -m tools.compare {plan.out}", flush=True)
+        message = read_run(plan.directory(run), plan.outcome_file(run)).message
+        with contextlib.suppress(OSError):
+            print(f"failed: {run.name}: {message}", file=sys.stderr)
+    launcher.say(f"compare: python -m tools.compare {plan.out}")
     return code
 
 

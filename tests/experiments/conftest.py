@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +36,24 @@ def write_run() -> Callable[..., Path]:
         return directory
 
     return write
+
+
+@pytest.fixture
+def hold() -> Callable[[Path], contextlib.AbstractContextManager[None]]:
+    """Another process that has locked a file."""
+
+    @contextlib.contextmanager
+    def holding(file: Path) -> Iterator[None]:
+        code = (
+            f"import fcntl, sys; f = open({str(file)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX);"
+            "print('locked', flush=True); sys.stdin.read()"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "locked\n"
+            yield
+            other.communicate()
+
+    return holding

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from experiments import launch
 from experiments.launch import Launch, Launcher, command, describe, duration, last_words, shell_line
 from experiments.plan import make_plan, write_manifest
+from experiments.progress import Length
 from experiments.slurm import script
 from experiments.sweep_file import Sweep
 
@@ -53,7 +55,8 @@ def sweep(tmp_path):
         )
         write_manifest(plan)
         said: list[str] = []
-        return plan, Launcher(plan, Launch(tmp_path / "main.py", jobs=jobs), said.append), said
+        lengths = {run.name: Length("step", 1) for run in plan.runs}
+        return plan, Launcher(plan, Launch(tmp_path / "main.py", jobs=jobs), said.append, lengths), said
 
     return make
 
@@ -90,29 +93,119 @@ def test_a_failure_does_not_stop_the_others_and_is_tried_again(sweep):
     assert [run.name for run in launcher.failed] == ["mode-fails_seed-0"]
 
 
-def test_it_stops_in_good_order_and_goes_on(sweep):
-    plan, launcher, said = sweep("waits_once", "works")
-    waiting = plan.directory(plan.runs[0]) / "waiting"
+def when(file: Path, do) -> threading.Thread:
+    """Do something as soon as a file is there."""
 
-    def stop():
+    def wait():
         for _ in range(3000):
-            if waiting.exists():
-                os.kill(os.getpid(), signal.SIGTERM)
+            if file.exists():
+                do()
                 return
             time.sleep(0.02)
 
-    before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=stop)
+    thread = threading.Thread(target=wait)
     thread.start()
-    assert launcher.run() == 143
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_it_stops_in_good_order_and_goes_on(sweep, number):
+    plan, launcher, said = sweep("waits_once", "works")
+    before = signal.getsignal(number)
+    thread = when(plan.directory(plan.runs[0]) / "waiting", lambda: os.kill(os.getpid(), number))
+    assert launcher.run() == 128 + number
     thread.join()
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert said[-1] == "stopped by SIGTERM; the same command goes on"
+    assert signal.getsignal(number) is before
+    assert said[-1] == f"stopped by {number.name}; the same command goes on"
     assert starts(plan) == [1, 0]
+    # The program knows SIGTERM only, and ended by itself.
+    assert json.loads(plan.outcome_file(plan.runs[0]).read_text())["exit_code"] == 143
     assert "failed" not in describe(plan)[0]
     plan, launcher, _ = sweep("waits_once", "works")
     assert launcher.run() == 0
     assert starts(plan) == [2, 1]
+
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+out = Path(next(a for a in sys.argv if a.startswith("output_dir=")).split("=", 1)[1])
+out.mkdir(parents=True, exist_ok=True)
+def save(*_):
+    (out / ("saved" + os.environ["RANK"])).write_text(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+if "mode=fails" in sys.argv: sys.exit(3)
+(out / ("config.yaml" if os.environ["RANK"] == "0" else "ready")).write_text("seed: 0")
+time.sleep(60)
+"""
+
+
+def test_a_run_of_several_processes_that_is_told_to_stop_has_not_failed(sweep, tmp_path):
+    """With the real torchrun, whose exit code is 1 in both cases."""
+    plan, _, said = sweep("fails", "waits")
+    (tmp_path / "main.py").write_text(WORKER)
+    launcher = Launcher(plan, Launch(tmp_path / "main.py", processes=2, jobs=2), said.append)
+    first, second = (plan.directory(run) for run in plan.runs)
+
+    def stop():
+        while not ((second / "ready").exists() and plan.outcome_file(plan.runs[0]).exists()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = when(second / "config.yaml", stop)
+    assert launcher.run() == 143
+    thread.join()
+    outcomes = [json.loads(plan.outcome_file(run).read_text()) for run in plan.runs]
+    assert [(outcome["exit_code"], outcome["stopped"]) for outcome in outcomes] == [(1, False), (1, True)]
+    assert [line.split()[1] for line in describe(plan)] == ["failed", "unfinished"]
+    assert not (first / "saved0").exists()
+    assert (second / "saved0").read_text() == (second / "saved1").read_text() == str(launch.SECONDS_TO_STOP)
+
+
+def test_runs_end_in_good_order_when_the_launcher_is_killed(sweep, tmp_path):
+    plan, _, _ = sweep("waits")
+    (tmp_path / "main.py").write_text(WORKER)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from experiments.launch import Launch, Launcher; from experiments.plan import read_manifest\n"
+        "Launcher(read_manifest(Path(sys.argv[1])), Launch(Path(sys.argv[2]))).run()"
+    )
+    root = Path(launch.__file__).parents[1]
+    environment = {**os.environ, "RANK": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(plan.out), str(tmp_path / "main.py")], cwd=root, env=environment
+    )
+    directory = plan.directory(plan.runs[0])
+    when(directory / "config.yaml", process.kill).join()
+    assert process.wait(timeout=30) == -signal.SIGKILL
+    when(directory / "saved0", lambda: None).join()
+    assert (directory / "saved0").exists()
+    assert describe(plan)[0].split()[1] == "unfinished"
+
+
+def test_a_run_that_another_process_is_running_is_left_out(sweep, hold):
+    plan, launcher, said = sweep("works", seeds=2)
+    directory = plan.directory(plan.runs[0])
+    directory.mkdir(parents=True)
+    with hold(directory / ".lock"):
+        assert describe(plan)[0].split()[1] == "running"
+        assert launcher.run() == 1
+    assert launcher.failed == []
+    assert "mode-works_seed-0: left out, another process is running it" in said[0]
+    assert starts(plan) == [0, 1]
+    plan, launcher, _ = sweep("works", seeds=2)
+    assert launcher.run() == 0
+    assert starts(plan) == [1, 1]
+
+
+def test_it_goes_on_where_nobody_listens(sweep):
+    plan, _, _ = sweep("works")
+
+    def gone(text):
+        raise OSError("the terminal is gone")
+
+    assert Launcher(plan, Launch(plan.out.parent / "main.py"), gone).run() == 0
 
 
 def test_runs_side_by_side_with_progress_now_and_then(sweep, monkeypatch):
@@ -125,19 +218,10 @@ def test_runs_side_by_side_with_progress_now_and_then(sweep, monkeypatch):
     assert starts(plan) == [1, 1]
 
 
-def test_two_processes_do_not_work_on_the_same_sweep(sweep):
+def test_two_processes_do_not_work_on_the_same_sweep(sweep, hold):
     plan, launcher, _ = sweep("works")
-    code = (
-        f"import fcntl, sys; f = open({str(plan.out / '.sweep' / 'lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX);"
-        "print('locked', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match="another process is working on this sweep"):
-            launcher.run()
-        other.communicate()
+    with hold(plan.out / ".sweep" / "lock"), pytest.raises(ValueError, match="another process is working on this"):
+        launcher.run()
     assert launcher.run() == 0
 
 
@@ -164,7 +248,7 @@ def test_the_last_words_of_a_log(tmp_path):
     assert duration(3723.9) == "1:02:03"
 
 
-def run_element(text: str, tmp_path: Path, index: int, torchrun: str, stop_at: Path | None = None) -> int:
+def run_element(text: str, tmp_path: Path, index: int, torchrun: str, stop_at: Sequence[Path] = ()) -> int:
     """Run one element of a job array with stand-ins for the programs of a cluster."""
     programs = tmp_path / "bin"
     programs.mkdir(exist_ok=True)
@@ -175,9 +259,9 @@ def run_element(text: str, tmp_path: Path, index: int, torchrun: str, stop_at: P
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(index)}
     environment["SLURM_ARRAY_JOB_ID"] = "77"
     process = subprocess.Popen(["bash", str(tmp_path / "sweep.sbatch")], env=environment)
-    while stop_at is not None and not stop_at.exists():
+    while not all(file.exists() for file in stop_at):
         time.sleep(0.02)
-    if stop_at is not None:
+    if stop_at:
         process.terminate()
     return process.wait(timeout=30)
 
@@ -194,14 +278,28 @@ def test_an_element_of_a_job_array_is_one_torchrun(sweep, tmp_path):
     assert arguments[:4] == ["--standalone", "--nproc-per-node", "8", "main.py"]
     assert arguments[4:] == ["--cfg", "run.yaml", *run.overrides, f"output_dir={plan.directory(run)}",
                              "--resume", "auto"]  # fmt: skip
-    assert json.loads(plan.outcome_file(run).read_text()) == {"exit_code": 3}
+    assert json.loads(plan.outcome_file(run).read_text()) == {"exit_code": 3, "stopped": False}
     assert not (tmp_path / "scontrol").exists()
 
 
 def test_an_element_that_is_told_to_stop_saves_and_is_queued_again(sweep, tmp_path):
     plan, _, _ = sweep("works")
-    text = script(plan, plan.runs, Launch(Path("main.py")), tmp_path, "1:00:00")
-    body = f"trap 'touch {tmp_path}/saved; exit 143' TERM\ntouch {tmp_path}/started\nwhile true; do sleep 0.05; done"
-    assert run_element(text, tmp_path, 0, body, stop_at=tmp_path / "started") == 143
-    assert (tmp_path / "saved").exists()
+    (tmp_path / "main.py").write_text(WORKER)
+    text = script(plan, plan.runs, Launch(Path("main.py"), processes=2), tmp_path, "1:00:00")
+    directory = plan.directory(plan.runs[0])
+    real = f'exec {sys.executable} -m torch.distributed.run "$@"'
+    assert run_element(text, tmp_path, 0, real, stop_at=[directory / "ready", directory / "config.yaml"]) == 1
+    # It had as long as the scheduler grants it.
+    assert (directory / "saved0").read_text() == (directory / "saved1").read_text() == "100"
     assert (tmp_path / "scontrol").read_text() == "requeue 77_0\n"
+    assert json.loads(plan.outcome_file(plan.runs[0]).read_text()) == {"exit_code": 1, "stopped": True}
+    assert describe(plan)[0].split()[1] == "unfinished"
+
+
+def test_a_job_array_may_be_submitted_from_anywhere(sweep, tmp_path):
+    plan, _, _ = sweep("works")
+    odd = plan._replace(out=Path("my runs/50% off"))
+    lines = script(odd, odd.runs, Launch(Path("main.py")), tmp_path, "1:00:00").splitlines()
+    assert "#SBATCH --job-name='50% off'" in lines
+    assert f"#SBATCH --output='{tmp_path}/my runs/50%% off/.sweep/slurm-%a.log'" in lines
+    assert f"mkdir -p '{tmp_path}/my runs/50% off/.sweep'" in lines

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.plan import extend, flatten, make_plan, read_manifest, short_keys, write_manifest
+from experiments.progress import planned_length
 from experiments.sweep_file import Sweep
 
 
@@ -76,13 +77,32 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path):
         read_manifest(tmp_path / "out")
 
 
-def test_a_sweep_may_grow_but_not_change():
+def test_a_sweep_may_grow_but_not_change(tmp_path, monkeypatch):
     old = plan(grid={"seed": ["0", "1"]})
     new = plan(grid={"seed": ["1", "2"]}, baseline="seed=1")
-    grown = extend(old, new)
+    grown = extend(old, new, decode)
     assert [run.name for run in grown.runs] == ["seed-0", "seed-1", "seed-2"]
     assert grown.baseline == "seed=1"
     with pytest.raises(ValueError, match="holds a run seed-0 with other overrides"):
-        extend(old, plan(overrides={"lr": "2"}, grid={"seed": ["0"]}))
+        extend(old, plan(overrides={"lr": "2"}, grid={"seed": ["0"]}), decode)
     with pytest.raises(ValueError, match=r"holds a sweep over run\.yaml, not other\.yaml"):
-        extend(old, new._replace(cfg=Path("other.yaml")))
+        extend(old, new._replace(cfg=Path("other.yaml")), decode)
+    # The same file, said in another way.
+    monkeypatch.chdir(tmp_path)
+    assert extend(old, new._replace(cfg=tmp_path / "run.yaml"), decode) == grown
+
+
+def test_a_run_is_known_by_its_configuration_and_keeps_its_name():
+    old = plan(grid={"c.alpha": ["0", "0.5"]}, overrides={"seed": "0"})
+    assert [run.name for run in old.runs] == ["alpha-0", "alpha-0.5"]
+    new = plan(grid={"seed": ["0", "1"], "c.alpha": ["0", "0.50"]})
+    grown = extend(old, new, decode)
+    assert grown.runs[:2] == old.runs
+    assert [run.name for run in grown.runs[2:]] == ["seed-1_alpha-0", "seed-1_alpha-0.50"]
+    assert extend(grown, new, decode) == grown
+
+
+def test_the_planned_length_of_a_run():
+    assert planned_length({"schedule": {"epochs": 12, "steps": None}}) == ("epoch", 12)
+    assert planned_length({"schedule": {"epochs": 12, "steps": 500}}) == ("step", 500)
+    assert planned_length({}) is None

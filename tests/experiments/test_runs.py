@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+from experiments.progress import Length, seconds_left
 from experiments.runs import find_runs, read_metrics, read_run
 
 
@@ -22,6 +25,8 @@ def test_states_of_runs_that_are_not_finished(write_run, tmp_path):
     assert read_run(started, outcome).state == "unfinished"
     outcome.write_text('{"exit_code": 143}')
     assert read_run(started, outcome).state == "unfinished"
+    outcome.write_text('{"exit_code": 1, "message": "SignalException", "stopped": true}')
+    assert read_run(started, outcome)[1:3] == ("unfinished", "")
     outcome.write_text('{"exit_code": 3, "message": "loss is NaN"}')
     assert read_run(started, outcome)[1:3] == ("failed", "loss is NaN")
     assert read_run(missing, outcome).state == "failed"
@@ -57,3 +62,30 @@ def test_runs_are_found_in_a_directory_or_are_it(write_run, tmp_path):
     (tmp_path / "notes").mkdir()
     assert find_runs(tmp_path) == [second, first]
     assert find_runs(first) == [first]
+
+
+def test_a_run_whose_directory_is_held_is_running(write_run, tmp_path, hold):
+    started = write_run(tmp_path / "run", {"seed": 1}, [10.0], finished=False)
+    outcome = tmp_path / "outcome.json"
+    outcome.write_text('{"exit_code": 3}')
+    (started / ".lock").touch()
+    assert read_run(started, outcome).state == "failed"
+    with hold(started / ".lock"):
+        assert read_run(started, outcome).state == "running"
+    assert read_run(started, outcome).state == "failed"
+
+
+def test_the_time_left_is_that_of_the_steps_left(write_run, tmp_path):
+    """20 steps, 16 s, in the one that is done; 0.8 s a step."""
+    done = read_run(write_run(tmp_path / "done", {}, [1.0, 2.0]))
+    assert done.seconds == 20 * 0.5 + 2 * 3
+    nothing = read_run(tmp_path / "missing")
+    assert seconds_left([nothing], [(nothing, Length("step", 20))], 1) is None
+    assert seconds_left([done], [(nothing, None)], 1) is None
+    assert seconds_left([done, nothing], [(nothing, Length("step", 40))], 1) == pytest.approx(32)
+    assert seconds_left([done, nothing], [(nothing, Length("epoch", 1))], 1) == pytest.approx(8)
+    # One that goes on after an interruption has half of its steps behind it.
+    half = read_run(write_run(tmp_path / "half", {}, [1.0], finished=False))
+    waiting = [(half, Length("step", 20)), (nothing, Length("step", 20))]
+    assert seconds_left([done, half, nothing], waiting, 1) == pytest.approx(24)
+    assert seconds_left([done, half, nothing], waiting, 2) == pytest.approx(12)

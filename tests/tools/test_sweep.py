@@ -10,7 +10,7 @@ import yaml
 
 import config
 from experiments.comparison import collect, find_baseline, group
-from experiments.plan import make_plan, write_manifest
+from experiments.plan import make_plan, read_manifest, write_manifest
 from experiments.sweep_file import read_sweep
 from tools import sweep
 
@@ -103,11 +103,29 @@ def test_a_directory_with_another_runs_configuration_is_refused(cfg, capsys, tmp
 
 
 def test_a_sweep_grows_and_remembers(cfg, capsys):
-    assert sweep.main(["--cfg", cfg, "seed=0..1", "--out", "runs/a", "--slurm", "--baseline", "seed=0"]) == 0
-    assert sweep.main(["--cfg", cfg, "seed=0..3", "--out", "runs/a", "--dry-run"]) == 0
-    assert "4 runs, 0 done" in capsys.readouterr().out
+    first = ["--cfg", cfg, "criterion.classification.alpha=0,0.5", "seed=0", "--out", "runs/a"]
+    assert sweep.main([*first, "--slurm", "--baseline", "alpha=0"]) == 0
+    grown = ["--cfg", str(Path(cfg).resolve()), "criterion.classification.alpha=0,0.5", "seed=0..2", "--out", "runs/a"]
+    assert sweep.main([*grown, "--slurm"]) == 0
+    capsys.readouterr()
+    assert sweep.main(["--out", "runs/a", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["alpha-0", "alpha-0.5", "alpha-0_seed-1"]
+    assert lines[-1] == "6 runs, 0 done"
     assert sweep.main(["seed=5", "--out", "runs/a", "--dry-run"]) == 2
     assert "give its --cfg or --sweep as well" in capsys.readouterr().err
+
+
+def test_the_baseline_is_checked_and_may_be_chosen_later(cfg, capsys, tmp_path):
+    arguments = ["--cfg", cfg, *GRID, "--out", "runs/a"]
+    assert sweep.main([*arguments, "--baseline", "alpa=0"]) == 2
+    assert "baseline 'alpa=0': nothing fits; the rows are: alpha=0; alpha=0.5" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert sweep.main([*arguments, "--slurm"]) == 0
+    for given, kept in (("alpha=0.5", "alpha=0.5"), ("", None)):
+        assert sweep.main(["--out", "runs/a", "--slurm", "--baseline", given]) == 0
+        assert read_manifest(Path("runs/a")).baseline == kept
+    assert sweep.main(["--out", "runs/a", "--slurm", "--baseline", "alpha=7"]) == 2
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
