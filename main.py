@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,7 +100,12 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
         directory=output_dir,
         batch_size=cfg.data.batch_size,
         seed=cfg.seed,
-        identity={"config": configuration.to_dict(cfg), "categories": categories, "environment": environment},
+        identity={
+            "config": configuration.to_dict(cfg),
+            "categories": categories,
+            "data": describe_data(train_set, cfg.data.batch_size),
+            "environment": environment,
+        },
     )
     with distributed.agreed_errors():
         if loaded is not None:
@@ -140,6 +147,12 @@ def build_validation(
         picture=None if directory is None else directory / PREDICTIONS,
         detections=None if directory is None else directory / DETECTIONS,
     )
+
+
+def describe_data(train_set: CocoDataset, batch_size: int) -> dict[str, Any]:
+    """What a step's images are a function of, besides seed and step; see ``checkpoint.check_data``."""
+    ids = train_set.annotations.image_ids.numpy().tobytes()
+    return {"batch_size": batch_size, "images": len(train_set), "image_ids": hashlib.sha256(ids).hexdigest()}
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

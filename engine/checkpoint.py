@@ -1,8 +1,8 @@
 """Checkpoint files: written so that a crash at any moment leaves a good one, read so that nothing in them is executed.
 
 A checkpoint is a dictionary of plain values and tensors: ``format``, ``weights``, ``ema``, ``optimizer``, ``scaler``,
-``position``, ``best``, ``evaluation``, ``counters``, ``seed``, ``config`` (resolved), ``categories`` ([id, name] in
-the order of the labels) and ``environment``.
+``position``, ``best``, ``metrics``, ``counters``, ``seed``, ``config`` (resolved), ``categories`` ([id, name] in the
+order of the labels), ``data`` (see :func:`check_data`) and ``environment``.
 """
 
 from __future__ import annotations
@@ -225,6 +225,31 @@ def check_categories(saved: Sequence[Sequence[Any]], current: Sequence[Sequence[
         a, b = next((a, b) for a, b in zip(old, new, strict=True) if a != b)
         difference = f"its class {a[1]!r} (id {a[0]}) is {b[1]!r} (id {b[0]}) in the annotations"
     raise CheckpointError(f"{source}: is for other classes: {difference} (to fine-tune on other classes: --init-from)")
+
+
+def check_data(saved: Mapping[str, Any] | None, current: Mapping[str, Any], source: Path) -> None:
+    """Refuse a checkpoint whose steps were made of other images, or of more or fewer: its position means nothing here.
+
+    Args:
+        saved: ``batch_size`` (of the global batch), ``images`` (in the training set) and ``image_ids`` (their hash, in
+            order) in the checkpoint; None in older ones, which do not say.
+        current: the same of this run.
+        source: the checkpoint's file, for the message.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    if saved is None or saved == current:
+        return
+    if saved["batch_size"] != current["batch_size"]:
+        difference = f"with data.batch_size={saved['batch_size']}, this run has {current['batch_size']}"
+    elif saved["images"] != current["images"]:
+        difference = f"on {saved['images']} images, this run has {current['images']}"
+    else:
+        difference = "on other images, or in another order of the file"
+    raise CheckpointError(
+        f"{source}: was trained {difference}: resume with the same data and data.batch_size, or use --init-from"
+    )
 
 
 def _damage(path: Path) -> str | None:

@@ -85,7 +85,7 @@ class Trainer:
             directory: of the run; the first process writes to it.
             batch_size: images in the global batch.
             seed: of the run.
-            identity: ``config``, ``categories`` and ``environment``, kept in every checkpoint.
+            identity: ``config``, ``categories``, ``data`` and ``environment``, kept in every checkpoint.
         """
         self.config, self.optimizer_step, self.schedule = config, step, schedule
         self.loader, self.evaluate, self.directory = loader, evaluate, directory
@@ -97,6 +97,7 @@ class Trainer:
         self.evaluated_step = 0
         self.best: dict[str, Any] | None = None
         self.metrics: dict[str, Any] = {}
+        self._going_back = False
         self.faults = NonFiniteSteps(directory, self.identity, seed, config.max_nonfinite_steps)
 
     # ------------------------------------------------------------------------------------------------- state
@@ -133,6 +134,7 @@ class Trainer:
                 f"{path}: was trained with {position['steps_per_epoch']} steps per epoch, this run has "
                 f"{self.steps_per_epoch}: resume with the same data and data.batch_size, or use --init-from"
             )
+        checkpoint.check_data(state.get("data"), self.identity["data"], path)
         checkpoint.check_categories(state["categories"], self.identity["categories"], path)
         checkpoint.load_weights(self.optimizer_step.module, state["weights"], path)
         load_optimizer_state(self.optimizer_step.optimizer, state["optimizer"])
@@ -148,6 +150,7 @@ class Trainer:
             log.warning("seed %d differs from %d in %s: the order of the data changes", self.seed, state["seed"], path)
         self.step, self.evaluated_step = position["step"], position["evaluated_step"]
         self.best, self.metrics = state["best"], state["metrics"]
+        self._going_back = path.name != checkpoint.LAST and path.resolve().parent == self.directory.resolve()
         self.faults.counters.update(state["counters"])
 
     # -------------------------------------------------------------------------------------------------- loop
@@ -164,6 +167,9 @@ class Trainer:
             ValueError: for what a user can mend, such as a full disk.
         """
         records = None
+        if self._going_back:
+            # Otherwise a restart would take the later checkpoint, of a course that this run leaves.
+            self._save()
         if distributed.is_main():
             forget_after(self.directory, self.step, evaluated=self.evaluated_step == self.step)
             records = Records(self.directory, self.step)

@@ -211,6 +211,52 @@ def test_another_division_into_steps_is_refused(tmp_path: Path) -> None:
         train(replace(options, resume="auto", steps_per_epoch=6))
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"batch_size": 4}, r"was trained with data.batch_size=8, this run has 4: .*--init-from"),
+        ({"images": 41}, "was trained on 40 images, this run has 41: "),
+        ({"image_ids": "1 to 40"}, "was trained on other images"),
+    ],
+)
+def test_other_images_in_as_many_steps_are_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    options = Options(directory=str(tmp_path / "run"), steps=4)
+    train(options)
+    with pytest.raises(ValueError, match=said):
+        train(replace(options, resume="auto", **changed))
+    # Checkpoints that do not say what they were trained on are taken.
+    state = last(options.directory)
+    del state["data"]
+    checkpoint.write(tmp_path / "run", state)
+    assert train(replace(options, resume="auto", steps=5, **changed)).step == 5
+
+
+def test_going_back_to_an_earlier_checkpoint_is_for_good(tmp_path: Path) -> None:
+    """Killed right after: what counts is where the run went back to, not the end of the course it has left."""
+    options = Options(directory=str(tmp_path / "run"), eval_every_steps=4, checkpoint_every=100)
+    train(options)
+    older = last(options.directory)
+    older["position"].update(step=4, evaluated_step=4)
+    torch.save(older, tmp_path / "run" / checkpoint.BEST)
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+
+    class KilledError(Exception):
+        pass
+
+    def die(epoch: int, start_step: int) -> Any:
+        raise KilledError
+
+    trainer = build(options)
+    trainer.loader.iterate = die  # type: ignore[method-assign]
+    trainer.load_state_dict(checkpoint.load(tmp_path / "run" / checkpoint.BEST))
+    with pytest.raises(KilledError):
+        trainer.fit()
+    assert last(options.directory)["position"]["step"] == 4
+    kept = (tmp_path / "run/metrics.jsonl").read_text()
+    assert before.startswith(kept)
+    assert json.loads(kept.splitlines()[-1])["step"] == 4
+
+
 def test_longer_schedule_goes_on(tmp_path: Path) -> None:
     options = Options(directory=str(tmp_path / "run"), steps=4)
     train(options)

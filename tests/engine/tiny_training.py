@@ -123,6 +123,8 @@ class Options:
     steps: int = 12
     steps_per_epoch: int = 5
     batch_size: int = 8
+    images: int = 40
+    image_ids: str = "0 to 39"
     accumulation_steps: int = 1
     precision: str = "fp32"
     dropout: float = 0.2
@@ -206,6 +208,7 @@ def build(options: Options) -> Trainer:
         identity={
             "config": {"seed": options.seed},
             "categories": [[1, "a"], [5, "b"], [9, "c"]],
+            "data": {"batch_size": options.batch_size, "images": options.images, "image_ids": options.image_ids},
             "environment": {"ballast": torch.zeros(options.ballast_mib * 2**18)},
         },
     )
