@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -149,6 +150,8 @@ def _decode_plain(kind: Any, value: Any, path: tuple[str, ...]) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return {str(k): decode(args[1], None, v, (*path, str(k))) for k, v in value.items()}
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise KeyPathError(path, f"expected a finite number, found {value!r}")
         return float(value)
     if kind in (bool, int, str) and type(value) is kind:
         return value

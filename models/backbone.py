@@ -106,7 +106,10 @@ def _create(config: BackboneConfig, load_weights: bool) -> Any:
     if not timm.is_model(config.model):
         raise ValueError(f"model.backbone.model: timm has no model '{config.model}'")
     options = _options(config.model)
-    reductions, _ = _probe(config.model)
+    try:
+        reductions, _ = _probe(config.model)
+    except RuntimeError as error:  # an unknown tag of weights, or a model that cannot be cut into stages
+        raise ValueError(f"model.backbone.model: {config.model} cannot be used ({error})") from error
     missing = [stride for stride in config.strides if stride not in reductions]
     if missing:
         raise ValueError(f"model.backbone.strides: {config.model} offers {reductions}, not {missing}")

@@ -19,6 +19,11 @@ from models.postprocess import postprocess
 from models.query_selection import QuerySelection
 from structures import Batch, Denoising, Detections, DetectorOutputs, Matches, Prediction
 
+_POSITIVE = (
+    *("embed_dim", "num_heads", "num_points", "encoder_layers", "decoder_layers", "ffn_dim"),
+    *("num_queries", "detections_per_image"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DINOConfig:
@@ -70,14 +75,20 @@ class DINOConfig:
     """Recompute activations of backbone, encoder and decoder in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in _POSITIVE}
+        if min(sizes.values()) < 1:
+            wrong = ", ".join(f"{name} {size}" for name, size in sizes.items() if size < 1)
+            raise ValueError(f"these must be at least 1: {wrong}")
         if self.embed_dim % self.num_heads or self.embed_dim % 4:
             raise ValueError(f"embed_dim {self.embed_dim} must be divisible by 4 and by num_heads {self.num_heads}")
         if self.num_levels < len(self.backbone.strides):
             raise ValueError(
                 f"num_levels {self.num_levels} is less than the backbone's {len(self.backbone.strides)} strides"
             )
-        if min(self.encoder_layers, self.decoder_layers, self.num_queries, self.num_points) < 1:
-            raise ValueError("encoder_layers, decoder_layers, num_queries and num_points must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), found {self.dropout}")
+        if not 0 < self.proposal_size <= 1:
+            raise ValueError(f"proposal_size must lie in (0, 1], found {self.proposal_size}")
         if not 0 < self.prediction_eps < 0.5:
             raise ValueError(f"prediction_eps must lie between 0 and 0.5, found {self.prediction_eps}")
 

@@ -78,6 +78,10 @@ def test_numbers_in_every_notation(tmp_path):
         ("optimizer: {lr: null}", [], "optimizer.lr: must not be null, expected a number"),
         ("optimizer: 3", [], "optimizer: expected a mapping"),
         ("optimizer: {lr: -1}", [], r"run\.yaml: optimizer: lr must be positive"),
+        ("optimizer: {lr: .nan}", [], r"optimizer\.lr: expected a finite number, found nan"),
+        ("", ["optimizer.lr=.inf"], "expected a finite number, found inf"),
+        ("? [1, 2]\n: 3", [], r"run\.yaml: line \d+: a key must be a word, found \[1, 2\]"),
+        ("", ["model={[1]: 2}"], "not valid YAML"),
         ("optimizer: {betas: [0.9]}", [], "optimizer.betas: expected 2 values, found 1"),
         ("criterion: {classification: {name: focale}}", [], "unknown name 'focale', did you mean 'focal'"),
         ("", ["criterion.matcher.candidats=3"], "candidats=3: criterion.matcher.candidats: unknown key"),
@@ -94,6 +98,12 @@ def test_errors_name_source_key_and_what_is_known(tmp_path, text, overrides, wor
     with pytest.raises(ConfigError, match=words) as caught:
         config.load(write(tmp_path, text), overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"seed: \xff\xfe")
+    with pytest.raises(config.ConfigError, match=r"run\.yaml: not a text file"):
+        config.load(tmp_path / "run.yaml")
 
 
 def test_missing_data_says_what_is_required(tmp_path):

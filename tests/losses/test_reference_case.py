@@ -13,10 +13,7 @@ from losses import IABCE, CriterionConfig
 from matchers import Mixed
 from structures import DetectorOutputs, Prediction, Targets
 
-FOLDER = Path(__file__).parents[3] / "shared" / "fixtures"
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / "align_criterion_case.npz").exists(), reason="the reference case is not beside this checkout"
-)
+FOLDER = Path(__file__).parents[1] / "fixtures" / "criterion"
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,14 @@ def test_settings_that_make_no_sense(options, words):
         BackboneConfig(**options)
 
 
-@pytest.mark.parametrize(("options", "words"), [({"model": "resnet_18"}, "no model"), ({"strides": (8, 64)}, "offers")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "resnet_18"}, "no model"),
+        ({"model": "resnet18.typo"}, "resnet18.typo cannot be used"),
+        ({"strides": (8, 64)}, "offers"),
+    ],
+)
 def test_models_and_strides_that_do_not_exist(options, words):
     with pytest.raises(ValueError, match=words):
         scratch(**{"model": "resnet18", **options}).build()

@@ -159,7 +159,10 @@ def test_bf16_autocast_keeps_boxes_in_fp32(tiny_config, make_batch):
     [
         ({"embed_dim": 66}, "divisible"),
         ({"num_levels": 2}, "strides"),
-        ({"num_queries": 0}, "at least 1"),
+        ({"num_queries": 0}, "at least 1: num_queries 0"),
+        ({"num_heads": 0, "detections_per_image": -1}, "at least 1: num_heads 0, detections_per_image -1"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"proposal_size": 0.0}, "proposal_size"),
     ],
 )
 def test_wrong_settings_are_refused(change, words):
