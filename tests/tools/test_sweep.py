@@ -148,6 +148,19 @@ def test_every_sweep_file_says_what_it_is(path):
         assert word in header
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in SWEEPS if path.stem.startswith("table8")], ids=lambda path: path.stem
+)
+def test_a_sweep_over_tau_has_ranks_to_weigh(path, tmp_path):
+    """A layer in which targets have one candidate each has weight 1, whatever tau is."""
+    plan = make_plan(read_sweep(path), tmp_path / "out", lambda c, o: config.to_dict(config.load(c, o)))
+    resolved = [config.to_dict(config.load(plan.cfg, run.overrides)) for run in plan.runs]
+    assert len({values["criterion"]["prime_sample_tau"] for values in resolved}) > 2
+    for values in resolved:
+        candidates, layers = values["criterion"]["matcher"]["candidates"], values["model"]["decoder_layers"]
+        assert max([candidates] if isinstance(candidates, int) else candidates[-layers:]) > 1
+
+
 def test_each_ablation_has_a_coco_form_and_a_small_one():
     stems = {path.stem for path in SWEEPS}
     for name in {stem.rsplit("_", 1)[0] for stem in stems}:
