@@ -43,7 +43,7 @@ class Config:
     """Implementation of multi-scale deformable attention."""
 
     def __post_init__(self) -> None:
-        self.criterion.check(self.model.decoder_layers, has_encoder_output=True)
+        self.criterion.check(self.model.decoder_layers, self.model.has_encoder_output)
 
 
 class ConfigError(ValueError):

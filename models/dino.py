@@ -92,6 +92,11 @@ class DINOConfig:
         if not 0 < self.prediction_eps < 0.5:
             raise ValueError(f"prediction_eps must lie between 0 and 0.5, found {self.prediction_eps}")
 
+    @property
+    def has_encoder_output(self) -> bool:
+        """Whether ``DetectorOutputs.encoder`` is supervised beside the decoder's layers."""
+        return True
+
     def build(self, num_classes: int, load_backbone: bool = True) -> DINO:
         """Make the model, initialised as published.
 
