@@ -22,11 +22,13 @@ from datasets import CleaningReport, CocoConfig, CocoDataset
 from datasets.coco import Sample, SampleKey
 from datasets.images import UnreadableImageError
 from engine.distributed import describe_error
+from engine.evaluator import Evaluator
 from ops.boxes import cxcywh_to_xyxy
 
 COLUMNS, CELL, MARGIN = 4, 300, 4
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
 USUAL_MODES = ("RGB", "L")
+UNREADABLE = "unreadable image"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -45,12 +47,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def build_datasets(options: argparse.Namespace) -> dict[str, CocoDataset]:
-    """The data sets by the name of their split."""
+def build_datasets(options: argparse.Namespace) -> tuple[dict[str, CocoDataset], list[str]]:
+    """The data sets by the name of their split, and why training would refuse them all the same."""
     if options.cfg is None:
-        return {"train": CocoConfig(images=options.images, annotations=options.annotations).build(split="train")}
-    train, val = config.load(options.cfg, options.overrides).data.build_datasets()
-    return {"train": train, "val": val}
+        return {"train": CocoConfig(images=options.images, annotations=options.annotations).build(split="train")}, []
+    cfg = config.load(options.cfg, options.overrides)
+    train, val = cfg.data.build_datasets()
+    refusals = []
+    try:
+        cfg.data.build_train_loader(train, seed=cfg.seed, accumulation_steps=cfg.trainer.accumulation_steps)
+    except ValueError as error:
+        refusals.append(describe_error(error))
+    try:
+        Evaluator(cfg.data.val.annotations, val.categories)
+    except ValueError as error:
+        refusals.append(describe_error(error))
+    return {"train": train, "val": val}, refusals
 
 
 def describe(split: str, dataset: CocoDataset) -> list[str]:
@@ -77,7 +89,7 @@ def inspect_image(dataset: CocoDataset, index: int) -> list[tuple[str, str]]:
         image, _, _, annotated = dataset.load(index)
     except UnreadableImageError as error:
         consequence = "skipped" if dataset.training else "its objects count as missed"
-        return [(f"unreadable image, {consequence}", str(error))]
+        return [(f"{UNREADABLE}, {consequence}", str(error))]
     findings = []
     with Image.open(dataset.image_path(index)) as picture:
         if picture.mode not in USUAL_MODES:
@@ -91,8 +103,8 @@ def inspect_image(dataset: CocoDataset, index: int) -> list[tuple[str, str]]:
     return findings
 
 
-def inspect_images(dataset: CocoDataset, processes: int) -> CleaningReport:
-    """Decodes every image."""
+def inspect_images(dataset: CocoDataset, processes: int) -> tuple[CleaningReport, bool]:
+    """Decodes every image; what was found, and whether any can be read at all."""
     report = CleaningReport()
     inspect = partial(inspect_image, dataset)
     if processes > 1:
@@ -103,7 +115,8 @@ def inspect_images(dataset: CocoDataset, processes: int) -> CleaningReport:
     for findings in results:
         for finding, where in findings:
             report.add(finding, where)
-    return report
+    readable = any(not findings or not findings[0][0].startswith(UNREADABLE) for findings in results)
+    return report, readable
 
 
 def draw_sample(sample: Sample, names: Sequence[str]) -> Image.Image:
@@ -142,12 +155,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 0: usable (whatever was found), 2: training would refuse it."""
     options = parse_arguments(arguments)
     try:
-        datasets = build_datasets(options)
+        datasets, refusals = build_datasets(options)
         for split, dataset in datasets.items():
             print("\n".join(describe(split, dataset)))
             findings = dataset.report.lines()
             if not options.no_decode:
-                findings += inspect_images(dataset, options.processes).lines()
+                report, readable = inspect_images(dataset, options.processes)
+                findings += report.lines()
+                refusals += [] if readable else [f"{split}: not one of its images can be read"]
             print("\n".join(f"  {line}" for line in findings or ["nothing to complain about"]))
         if not options.no_decode:
             draw_page(options.page, datasets, options.samples)
@@ -155,7 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
-    return 0
+    for refusal in refusals:
+        print(f"error: {refusal}", file=sys.stderr)
+    return 2 if refusals else 0
 
 
 if __name__ == "__main__":

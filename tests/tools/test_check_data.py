@@ -126,6 +126,33 @@ def test_refusals_are_one_line(tmp_path, dirty, capsys):
         assert error.count("\n") == 1
 
 
+def test_what_training_would_refuse_is_an_error_after_the_report(dirty, tmp_path, capsys):
+    images, annotations = dirty
+    content = json.loads(annotations.read_text())
+    content["annotations"] = []
+    (tmp_path / "empty.json").write_text(json.dumps(content))
+    content["images"] = [entry for entry in content["images"] if entry["file_name"] in ("broken.png", "absent.png")]
+    (tmp_path / "unreadable.json").write_text(json.dumps(content))
+    cfg = tmp_path / "run.yaml"
+    cfg.write_text(
+        f"data:\n  train: {{images: {images}, annotations: {annotations}}}\n"
+        f"  val: {{images: {images}, annotations: {annotations}}}\n  batch_size: 2\n"
+    )
+    arguments = ["--cfg", str(cfg), "--page", str(tmp_path / "page.png"), "--processes", "1"]
+    for override, said in (
+        ("data.batch_size=8", "data.batch_size=8 is more than the 7 training images"),
+        ("trainer.accumulation_steps=3", "must be a multiple of 3"),
+        (f"data.val.annotations={tmp_path}/empty.json", "no objects to find"),
+        (f"data.val.annotations={tmp_path}/unreadable.json", "val: not one of its images can be read"),
+    ):
+        assert check_data.main([*arguments, override]) == 2
+        found = capsys.readouterr()
+        assert said in found.err
+        assert all(line.startswith("error: ") for line in found.err.splitlines())
+        assert "train: 7 images" in found.out
+        assert "samples: " in found.out
+
+
 def test_one_source_is_needed(capsys):
     for arguments in ([], ["--images", "x"], ["--cfg", "a", "--images", "b", "--annotations", "c"]):
         with pytest.raises(SystemExit) as error:
