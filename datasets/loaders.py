@@ -79,7 +79,7 @@ class WorkerPool:
         """Goes through what the sampler yields from its present position.
 
         Raises:
-            RuntimeError: workers died again and again.
+            ValueError: workers died again and again.
         """
         self.sampler.done = 0
         failures, cause = 0, ""
@@ -99,7 +99,7 @@ class WorkerPool:
             failures += 1
             self.restarts += 1
             _logger.warning("%s; starting the data-loading workers again", cause)
-        raise RuntimeError(
+        raise ValueError(
             f"data-loading workers died {failures} times in a row ({cause}): they may be out of memory or of "
             "shared memory; try a smaller data.num_workers, or 0 to see the error itself"
         )
@@ -180,8 +180,7 @@ class TrainLoader:
         """This rank's micro-batches of each optimizer step of an epoch, from ``start_step`` on.
 
         Raises:
-            ValueError: hardly an image can be read.
-            RuntimeError: workers died again and again.
+            ValueError: hardly an image can be read, or workers died again and again.
         """
         self._sampler.set_position(epoch, start_step)
         step: list[Batch] = []

@@ -269,7 +269,7 @@ def test_workers_that_die_again_and_again_end_training_with_one_line(folder, fas
     dataset = config.train.build(split="train")
     dataset.__class__ = Deadly
     loader = config.build_train_loader(dataset, seed=5)
-    with pytest.raises(RuntimeError, match=r"workers died 4 times in a row .*data.num_workers") as error:
+    with pytest.raises(ValueError, match=r"workers died 4 times in a row .*data.num_workers") as error:
         list(loader.iterate(0))
     assert "\n" not in str(error.value)
     assert loader.worker_restarts > MAX_RESTARTS

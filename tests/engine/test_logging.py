@@ -83,8 +83,15 @@ def test_full_disk_names_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_exit_codes(
-    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    error: BaseException,
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
     def run() -> None:
         raise error
 
@@ -94,6 +101,19 @@ def test_exit_codes(
     assert said.strip() in (tmp_path / "log.txt").read_text()
     for handler in logging.getLogger().handlers:
         handler.close()
+
+
+@pytest.mark.parametrize(
+    ("processes", "said"),
+    [("1", "Connection reset by peer"), ("2", "Caught RuntimeError in DataLoader worker process 0: broken pipe")],
+)
+def test_what_is_no_lost_contact(processes: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(RuntimeError, match=said):
+        session.exit_code(run)
 
 
 def test_programming_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
