@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engine import distributed
 from engine.coco_metrics import STATISTICS, BoxMetrics, MetricBackend, box_metrics, read_ground_truth
+from engine.loaders import Loader
 from structures import Batch, Detections
 
 log = logging.getLogger(__name__)
@@ -175,16 +176,6 @@ class Detector(Protocol):
         """Detections in pixels of the original images."""
 
 
-class Loader(Protocol):
-    """What evaluation needs of a data loader."""
-
-    def __len__(self) -> int:
-        """Number of batches, for progress."""
-
-    def __iter__(self) -> Any:
-        """Batches of this process."""
-
-
 def evaluate(
     model: nn.Module,
     loader: Loader,
@@ -207,7 +198,7 @@ def evaluate(
         device: to run on.
         amp_dtype: of autocast; None leaves it as it is.
         on_batch: called with the number of batches done, the batch and its detections: progress, pictures.
-        give_up: asked after each batch whether to stop early; the metrics then cover what was seen.
+        give_up: asked after each batch whether to stop early; if any process does, all return no metrics at all.
     """
     device = torch.device(device)
     was_training = model.training
@@ -226,4 +217,5 @@ def evaluate(
                     break
     finally:
         model.train(was_training)
-    return evaluator.compute()
+    (given_up,) = distributed.host_sum([int(give_up())])
+    return {} if given_up else evaluator.compute()

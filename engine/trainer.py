@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from engine import checkpoint, distributed
 from engine.averaging import AveragedWeights
 from engine.faults import NonFiniteSteps
+from engine.loaders import TrainLoader
 from engine.logging import Progress, Records
 from engine.optimizer import Schedule, load_optimizer_state, set_learning_rate
 from engine.pictures import draw_curves
@@ -26,36 +27,9 @@ from structures import Batch
 log = logging.getLogger(__name__)
 
 
-class Skipped(Protocol):
-    """Unreadable images."""
-
-    @property
-    def count(self) -> int:
-        """How often this process met one."""
-
-
-class TrainLoader(Protocol):
-    """What the trainer needs of a loader: the same batches for the same position, however often it is asked."""
-
-    @property
-    def skipped(self) -> Skipped:
-        """Unreadable images, which were replaced by others."""
-
-    @property
-    def worker_restarts(self) -> int:
-        """How often data-loading workers died and were replaced."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the training set."""
-
-    def iterate(self, epoch: int, start_step: int) -> Iterator[list[Batch]]:
-        """For each optimizer step of the epoch from ``start_step`` on: this process's micro-batches."""
-
-
 Evaluate = Callable[[nn.Module, Callable[[], bool]], dict[str, Any]]
 """Given a model, and a function that says whether to give up: metrics, ``AP`` in percent among them; the same on all
-processes. The model is left in the mode it was in."""
+processes, and none if any gave up. The model is left in the mode it was in."""
 
 
 class Trainer:
@@ -301,4 +275,7 @@ def summarise_metrics(step: int, metrics: Mapping[str, Any]) -> str:
     """One line for a person."""
     names = [name for name in ("AP", "AP50", "AP75", "APs", "APm", "APl") if metrics.get(name) is not None]
     values = "  ".join(f"{name} {metrics[name]:.2f}" for name in names)
-    return f"after step {step}: {values}"
+    missing = metrics.get("unreadable_images", 0)
+    return f"after step {step}: {values}" + (
+        f"  ({missing} images unreadable, their objects missed)" if missing else ""
+    )

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from engine import distributed
-from engine.evaluator import Evaluator, Loader, evaluate
+from engine.evaluator import Evaluator, evaluate
+from engine.loaders import EvalLoader
 from engine.pictures import AnnotatedImage, annotated_images, draw_predictions
 from engine.step import DTYPES, Precision
 from structures import Batch, Detections
@@ -29,7 +30,7 @@ class Validation:
 
     def __init__(
         self,
-        loader: Loader,
+        loader: EvalLoader,
         evaluator: Evaluator,
         *,
         device: torch.device,
@@ -57,7 +58,12 @@ class Validation:
         self.detections = detections
 
     def __call__(self, model: nn.Module, give_up: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        """Metrics of the model, the same on every process; ``give_up`` is asked after each batch."""
+        """Metrics of the model, the same on every process; ``unreadable_images`` counts those that were left out.
+
+        ``give_up`` is asked after each batch: if any process gives up, there are no metrics, and files stay as they
+        were.
+        """
+        unreadable = self.loader.skipped.count
         pictured: list[AnnotatedImage] = []
         reported = time.monotonic()
 
@@ -72,6 +78,9 @@ class Validation:
         metrics = evaluate(
             model, self.loader, self.evaluator, self.device, self.amp_dtype, on_batch=on_batch, give_up=give_up
         )
+        if not metrics:
+            return metrics
+        (metrics["unreadable_images"],) = distributed.host_sum([self.loader.skipped.count - unreadable])
         if self.detections is not None:
             self.evaluator.save(self.detections)
         if self.picture is not None and pictured:
