@@ -17,6 +17,7 @@ from config import Config
 from datasets import Category, CocoDataset
 from engine import checkpoint, distributed, session
 from engine import logging as run_logging
+from engine.coco_metrics import choose_backend
 from engine.environment import describe_environment
 from engine.evaluator import Evaluator
 from engine.run_directory import DETECTIONS, PREDICTIONS, record_start
@@ -27,6 +28,9 @@ from engine.validation import Validation
 from ops.ms_deform_attn import describe_backend, set_default_backend
 
 log = logging.getLogger(__name__)
+
+PRETRAINED = "backbone.body"
+"""The part of a model that ``pretrained`` weights would fill, if no checkpoint took their place."""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -45,6 +49,8 @@ def read_inputs(args: argparse.Namespace) -> tuple[Config, checkpoint.Loaded | N
     """The configuration, and the checkpoint that --resume names."""
     if args.eval and args.resume in (None, session.AUTO):
         raise ValueError("--eval needs --resume CHECKPOINT")
+    if args.init_from is not None and args.resume not in (None, session.AUTO):
+        raise ValueError("--init-from starts a run and --resume CHECKPOINT goes on with one: give one of them")
     loaded = None
     if args.resume is not None and args.resume != session.AUTO:
         loaded = checkpoint.load(Path(args.resume))
@@ -63,6 +69,7 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
     environment = describe_environment(cfg.seed, device)
     with distributed.agreed_errors():  # nothing in here may depend on other processes
         set_default_backend(cfg.op_backend)
+        environment |= {"op_backend": describe_backend(device), "metric_backend": choose_backend("auto")}
         train_set, val_set = cfg.data.build_datasets()
         for title, dataset in (("training", train_set), ("validation", val_set)):
             for line in dataset.report.lines():
@@ -79,7 +86,8 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
         torch.manual_seed(cfg.seed)
         model = cfg.model.build(len(categories), load_backbone=loaded is None and args.init_from is None)
         if loaded is None and args.init_from is not None:
-            for line in initialise_from(model, args.init_from, categories).report():
+            required = None if cfg.model.backbone.pretrained is False else PRETRAINED
+            for line in initialise_from(model, args.init_from, categories, required=required).report():
                 log.info("%s: %s", args.init_from, line)
         optimizer = cfg.optimizer.build(model.to(device))
     step = OptimizerStep(

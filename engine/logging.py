@@ -238,4 +238,5 @@ def banner(trainer: Trainer, images: tuple[int, int], op_backend: str) -> list[s
         f"learning rates: {rates}",
         f"parameters: {total / 1e6:.2f} M, trainable {trainable / 1e6:.2f} M; "
         + ("no averaged weights" if config.ema_decay is None else f"averaged weights with decay {config.ema_decay}"),
+        *(f"warning: {doubt}" for doubt in trainer.schedule.doubts(per_epoch)),
     ]

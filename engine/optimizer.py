@@ -128,6 +128,13 @@ class _Length:
         """Optimizer steps of the whole training."""
         return self.steps if self.steps is not None else self.epochs * steps_per_epoch
 
+    def doubts(self, steps_per_epoch: int) -> list[str]:
+        """What about it looks like a mistake, though it can be run; one line each."""
+        total = self.total_steps(steps_per_epoch)
+        if self.warmup_steps > total:
+            return [f"schedule.warmup_steps={self.warmup_steps} is more than the {total} steps of the training"]
+        return []
+
     def _warmup(self, step: int) -> float:
         return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
@@ -149,6 +156,13 @@ class StepSchedule(_Length):
             raise ValueError(f"milestones must be positive and ascending, found {list(self.milestones)}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must lie in (0, 1], found {self.decay}")
+
+    def doubts(self, steps_per_epoch: int) -> list[str]:
+        """See the base class; milestones may lie beyond the end."""
+        total = self.total_steps(steps_per_epoch)
+        late = [milestone for milestone in self.milestones if milestone * steps_per_epoch >= total]
+        said = f"schedule.milestones {late} are not reached in {total / steps_per_epoch:.4g} epochs"
+        return [*super().doubts(steps_per_epoch), *([said] if late else [])]
 
     def factor(self, step: int, steps_per_epoch: int) -> float:
         """Factor on the base learning rate in 0-based step ``step``."""

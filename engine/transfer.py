@@ -42,16 +42,21 @@ class Transfer(NamedTuple):
         return lines
 
 
-def initialise_from(model: nn.Module, path: Path, categories: Sequence[Sequence[Any]]) -> Transfer:
+def initialise_from(
+    model: nn.Module, path: Path, categories: Sequence[Sequence[Any]], *, required: str | None = None
+) -> Transfer:
     """Start from the weights (the averaged ones, where there are) of a checkpoint or of a plain state dict.
 
     Args:
         model: receives the weights.
         path: checkpoint of this program, or a dictionary of tensors, possibly under ``model`` or ``state_dict``.
         categories: [id, name] of each class of the new run.
+        required: module all of whose tensors must come from the file, such as a backbone whose pretrained weights have
+            not been loaded: parts of it may be frozen, and would stay random. None: no such module.
 
     Raises:
-        CheckpointError: if the file cannot be read, or fits less than half of the model's tensors.
+        CheckpointError: if the file cannot be read, fits less than half of the model's tensors, or lacks some of
+            ``required``.
     """
     weights, saved = _weights_of(read_file(path), path)
     names = [str(name) for _, name in categories]
@@ -78,6 +83,12 @@ def initialise_from(model: nn.Module, path: Path, categories: Sequence[Sequence[
     fitting = len(result.copied) + len(result.by_class)
     if 2 * fitting < len(expected):
         raise CheckpointError(f"{path}: is for another model: only {fitting} of {len(expected)} tensors fit")
+    lacking = [name for name in result.fresh if required is not None and name.startswith(f"{required}.")]
+    if lacking:
+        raise CheckpointError(
+            f"{path}: its backbone is another one: {len(lacking)} tensors of {required} are absent or of another shape "
+            f"({lacking[0]}, …); set model.backbone as in the run that it comes from"
+        )
     return result
 
 

@@ -15,6 +15,7 @@ import config as configuration
 from engine import checkpoint, distributed
 from engine.diagnosis import StepRecord
 from engine.step import Precision, configure_device
+from ops.ms_deform_attn import set_default_backend
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -37,7 +38,8 @@ def replay(args: argparse.Namespace) -> int:
         record = record._replace(precision=cast("Precision", args.precision), loss_scale=scale)
     cfg = configuration.from_dict(content["config"], args.overrides, str(args.dump))
     device = distributed.choose_device(cast("Literal['auto', 'cpu', 'cuda']", args.device))
-    configure_device(device)
+    configure_device(device, tf32=cfg.trainer.tf32, deterministic=cfg.trainer.deterministic)
+    set_default_backend(cfg.op_backend)
     model = cfg.model.build(len(content["categories"]), load_backbone=False)
     checkpoint.load_weights(model, content["weights"], args.dump)
     diagnosis = record.run_again(model.to(device).train(), cfg.criterion, device)

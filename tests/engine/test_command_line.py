@@ -18,6 +18,7 @@ import main
 from datasets.shapes import ShapesConfig, generate
 from engine import distributed, session
 from engine.step import OptimizerStep
+from ops.ms_deform_attn import describe_backend, set_default_backend
 from structures import Batch, Targets
 from tools import replay
 
@@ -98,6 +99,9 @@ def test_run_directory_is_complete(trained: Path) -> None:
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class"} <= records[-1].keys()
     environment = json.loads((trained / "environment.jsonl").read_text())
     assert {"seed", "commit", "dirty", "packages", "devices", "command"} <= environment.keys()
+    assert {"torch", "hotcoco", "huggingface_hub"} <= environment["packages"].keys()
+    assert environment["metric_backend"] in ("hotcoco", "pycocotools")
+    assert environment["op_backend"].partition(":")[0] in ("cpu", "reference")
     log = (trained / "log.txt").read_text()
     for said in (
         "devices: 1 x cpu",
@@ -141,8 +145,10 @@ def test_resume_goes_on_and_init_from_keeps_classes(
         r"error: .*is for other classes: its class '\w+' \(id \d+\) is 'something new'.*--init-from\)\n$", errors
     )
     shutil.rmtree(tmp_path / "tuned")
+    others.append("schedule.warmup_steps=9")
     code, output, _ = command("--cfg", data / "tiny.yaml", "--init-from", trained / "checkpoint_best.pth", *others)
     assert code == 0
+    assert "warning: schedule.warmup_steps=9 is more than the 1 steps of the training\n" in output
     assert "classes made anew: something new\n" in output
     assert "denoising.label_embedding.weight" in output
 
@@ -164,6 +170,19 @@ def test_one_line_and_exit_code_two(trained: Path, data: Path, command: Command,
         (["--eval", "--resume", tmp_path / "cut.pth"], "cut.pth: cannot be read as a checkpoint"),
         (["--eval", "--resume", checkpoint, "model.embed_dim=64"], "is for another model"),
         (["--cfg", cfg, fresh, "--init-from", tmp_path / "none.pth"], "no such checkpoint"),
+        (["--eval", "--resume", checkpoint, "--init-from", checkpoint], "--init-from starts a run and --resume"),
+        (["--cfg", cfg, fresh, "--resume", checkpoint, "--init-from", checkpoint], "--init-from starts a run and"),
+        (
+            [
+                "--cfg",
+                cfg,
+                fresh,
+                "--init-from",
+                checkpoint,
+                "model.backbone={model: resnet14t, pretrained: other.pth}",
+            ],
+            "its backbone is another one: .* tensors of backbone.body are absent or of another shape",
+        ),
     ]
     if torch.cuda.is_available():
         cases = [case for case in cases if "trainer.device=cuda" not in case[0]]
@@ -172,6 +191,37 @@ def test_one_line_and_exit_code_two(trained: Path, data: Path, command: Command,
         assert code == 2, (arguments, errors)
         assert re.match(rf"error: .*{expected}", errors), (arguments, errors)
         assert errors.count("\n") == 1, (arguments, errors)
+
+
+def test_unreadable_validation_images_are_told(trained: Path, data: Path, command: Command, tmp_path: Path) -> None:
+    shutil.copytree(data / "images/val", tmp_path / "val")
+    broken = next((tmp_path / "val").iterdir())
+    broken.write_bytes(b"broken")
+    for options, said in (
+        ((), "AP"),
+        ((f"data.val.images={tmp_path}/val",), "(1 images unreadable, their objects missed)"),
+    ):
+        code, output, _ = command("--eval", "--resume", trained / "checkpoint_last.pth", *options)
+        assert code == 0
+        assert said in output
+        assert ("unreadable" in output) == bool(options)
+
+
+def test_evaluation_that_is_given_up_leaves_the_last_one(trained: Path, tmp_path: Path) -> None:
+    cfg = config.load(trained / "config.yaml")
+    _, val_set = cfg.data.build_datasets()
+    validation = main.build_validation(cfg, val_set, torch.device("cpu"), tmp_path)
+    model = cfg.model.build(6)
+    assert validation(model)["unreadable_images"] == 0
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert files.keys() == {"detections.npz", "predictions.png"}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    assert validation(model, lambda: True) == {}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    validation(model)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} != files
 
 
 def test_diverged_run_is_replayed(
@@ -192,7 +242,13 @@ def test_diverged_run_is_replayed(
     dump = torch.load(path, weights_only=True)
     dump["weights"]["heads.0.class_head.bias"][2] = 0
     torch.save(dump, path)
-    assert replay.main([path]) == 0
+    try:
+        assert replay.main([path, "op_backend=reference", "trainer.tf32=true"]) == 0
+        assert describe_backend("cpu") == "reference: plain PyTorch, as configured"
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        set_default_backend("auto")
+        torch.backends.cuda.matmul.allow_tf32 = False
     assert "everything was finite when run again" in capsys.readouterr().out
     assert replay.main([str(trained / "checkpoint_last.pth")]) == 2
 

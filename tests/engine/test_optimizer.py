@@ -126,3 +126,13 @@ def test_set_learning_rate_scales_every_group() -> None:
     optimizer = OptimizerConfig(lr=1.0).build(model())
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.025, 0.25])
+
+
+def test_schedules_doubt_what_is_never_reached() -> None:
+    assert StepSchedule(epochs=12, milestones=(11.0,), warmup_steps=100).doubts(10) == []
+    found = StepSchedule(epochs=6, milestones=(4.0, 6.0, 11.0), warmup_steps=100).doubts(10)
+    assert found == [
+        "schedule.warmup_steps=100 is more than the 60 steps of the training",
+        "schedule.milestones [6.0, 11.0] are not reached in 6 epochs",
+    ]
+    assert CosineSchedule(steps=60, warmup_steps=60).doubts(10) == []

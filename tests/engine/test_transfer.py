@@ -86,6 +86,15 @@ def test_plain_state_dicts_and_partial_fits(tmp_path: Path) -> None:
     assert sorted(result.unused) == ["extra.bias", "extra.weight", "neck.bias", "neck.weight"]
 
 
+def test_a_required_part_must_be_there_as_a_whole(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.pth", Net(3))
+    other = Net(3)
+    other.neck = nn.Linear(4, 8)
+    assert initialise_from(other, path, OLD, required="body").fresh == ["neck.weight", "neck.bias"]
+    with pytest.raises(CheckpointError, match=r"2 tensors of neck are absent or of another shape \(neck.weight, …\)"):
+        initialise_from(other, path, OLD, required="neck")
+
+
 def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"only \d of 9 tensors fit|only \d of \d tensors fit"):
         initialise_from(TinyDetector(), save(tmp_path / "a.pth", Net(3)), OLD)
