@@ -80,16 +80,30 @@ def classify_errors(objects: ImageObjects, detections: ImageDetections) -> Image
     return ImageErrors(found, kind, target, labels, missed, index)
 
 
+def above(image: ImageErrors, threshold: float) -> ImageErrors:
+    """As if detections with a score below the threshold had not been made.
+
+    Matching goes from the best detection down, so those that stay are right or wrong as before; but objects that only
+    the others had found, or nearly found, are missed.
+    """
+    left = _select(image, image.detections.scores >= threshold)
+    missed = np.ones(len(left.labels), dtype=bool)
+    missed[left.target[left.target >= 0]] = False
+    return left._replace(missed=missed)
+
+
 class ErrorReport(NamedTuple):
     """Number and cost of each kind of error, by name."""
 
     ap50: float
     """In percent, without any correction."""
     counts: dict[str, int]
-    """All errors, and those of detections with at least the threshold's score (missed objects alike in both)."""
+    """Of all detections."""
+    threshold: float
     confident_counts: dict[str, int]
+    """If there were no detections with a score below the threshold: fewer errors, but more missed objects."""
     cost: dict[str, float]
-    """Percent of AP50 to be gained by correcting this kind alone."""
+    """Percent of AP50 to be gained by correcting this kind alone, in all detections."""
     false_positives: float
     """Percent of AP50 to be gained without any wrong detection."""
     false_negatives: float
@@ -99,8 +113,9 @@ class ErrorReport(NamedTuple):
 def error_report(images: Sequence[ImageErrors], num_classes: int, threshold: float = 0.3) -> ErrorReport:
     """Count the errors and correct one kind at a time.
 
-    Corrections (section 2.2): a wrong class or place is put right, and of detections that then share an object all but
-    the best are removed; other wrong detections are removed; missed objects are no longer asked for.
+    Corrections (section 2.2, in detail as in the published code): of all detections of wrong class or place that would
+    have found an object, the best one is put right, unless the object is found already; the others and all other wrong
+    detections are removed; missed objects are no longer asked for.
 
     Args:
         images: of :func:`classify_errors`.
@@ -108,32 +123,35 @@ def error_report(images: Sequence[ImageErrors], num_classes: int, threshold: flo
         threshold: score of detections that count as confident.
     """
     base = _ap50(images, num_classes, lambda image: image)
-    kinds = np.concatenate([image.kind for image in images])
-    scores = np.concatenate([image.detections.scores for image in images])
-    missed = int(sum(image.missed.sum() for image in images))
-    counts, confident, cost = {}, {}, {}
-    for number, name in enumerate(ERRORS[:-1], start=1):
-        counts[name] = int((kinds == number).sum())
-        confident[name] = int(((kinds == number) & (scores >= threshold)).sum())
-        cost[name] = _ap50(images, num_classes, partial(_corrected, kind=number)) - base
-    counts["missed"] = confident["missed"] = missed
+    cost = {
+        name: _ap50(images, num_classes, partial(_corrected, kind=kind)) - base
+        for kind, name in enumerate(ERRORS[:-1], start=1)
+    }
     cost["missed"] = _ap50(images, num_classes, lambda image: _without_objects(image, image.missed)) - base
     only_correct = _ap50(images, num_classes, lambda image: _select(image, image.kind == CORRECT)) - base
     only_found = _ap50(images, num_classes, lambda image: _without_objects(image, _not_found(image))) - base
-    return ErrorReport(base, counts, confident, cost, only_correct, only_found)
+    confident = _counts([above(image, threshold) for image in images])
+    return ErrorReport(base, _counts(images), threshold, confident, cost, only_correct, only_found)
+
+
+def _counts(images: Sequence[ImageErrors]) -> dict[str, int]:
+    found = np.bincount(np.concatenate([image.kind for image in images]), minlength=len(ERRORS))
+    counts = {name: int(found[kind]) for kind, name in enumerate(ERRORS[:-1], start=1)}
+    return {**counts, "missed": int(sum(image.missed.sum() for image in images))}
 
 
 def _corrected(image: ImageErrors, kind: int) -> ImageErrors:
     """With one kind of error of detections put right."""
-    if kind not in (CLASSIFICATION, LOCALISATION):
-        return _select(image, image.kind != kind)
-    claims = (image.kind == CORRECT) | (image.kind == kind)
-    keep = np.ones(len(image.kind), dtype=bool)
-    taken: set[int] = set()
-    for i in np.flatnonzero(claims):  # best first
-        keep[i] = int(image.target[i]) not in taken
-        taken.add(int(image.target[i]))
     changed = image.kind == kind
+    if kind not in (CLASSIFICATION, LOCALISATION):
+        return _select(image, ~changed)
+    keep = np.ones(len(image.kind), dtype=bool)
+    taken = set(image.target[image.kind == CORRECT].tolist())
+    # Best first. Candidates of the other kind compete as well, though they stay as wrong as they are.
+    for i in np.flatnonzero((image.kind == CLASSIFICATION) | (image.kind == LOCALISATION)):
+        target = int(image.target[i])
+        keep[i] = not changed[i] or target not in taken
+        taken.add(target)
     labels = image.detections.labels.copy()
     labels[changed] = image.labels[image.target[changed]]
     fixed = image._replace(

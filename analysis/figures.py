@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,47 +44,51 @@ def draw_all(directory: Path, reports: Sequence[Report]) -> list[Path]:
 
 def draw_recall(path: Path, reports: Sequence[Report]) -> None:
     """Recall of best-regressed samples by their IoU (left) and by the size of the target (right)."""
-    with drawing(path, 1, 2, 2 * COLUMN, 2.3, sharey=True) as (_, axes):
+    with drawing(path, 1, 2, 2 * COLUMN, 2.5, sharey=True) as (figure, axes):
         by_iou, by_size = axes[0]
+        series, handles = {}, []
         for i, report in enumerate(reports):
             for factor, style in zip(FACTORS, LINE_STYLES, strict=False):
                 values = [_percent(recall(report.best, factor, least)) for least in LEAST_IOUS]
                 label = f"{report.label}, top {'N' if factor == 1 else '2N'}"
-                by_iou.plot(range(len(LEAST_IOUS)), values, style, color=COLOURS[i], marker=MARKERS[i], label=label)
+                handles += by_iou.plot(
+                    range(len(LEAST_IOUS)), values, style, color=COLOURS[i], marker=MARKERS[i], label=label
+                )
+                series[label] = [_percent(recall(report.best, factor, size=size)) for size in SIZES]
         by_iou.set_xticks(range(len(LEAST_IOUS)), ["any", *(f"≥ {least:g}" for least in LEAST_IOUS[1:])])
         by_iou.set(xlabel="IoU of the best-regressed query", ylabel="recall (%)", ylim=(0, 102))
-        by_iou.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-        series = {
-            f"{report.label}, top {'N' if factor == 1 else '2N'}": [
-                _percent(recall(report.best, factor, size=size)) for size in SIZES
-            ]
-            for report in reports
-            for factor in FACTORS
-        }
         colours = [COLOURS[i] for i in range(len(reports)) for _ in FACTORS]
         hatches = [HATCHES[k] for _ in reports for k in range(len(FACTORS))]
-        _bars(by_size, list(SIZES), series, colours, hatches)
-        by_size.set(xlabel="size of the target")
-        by_size.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        area = reports[0].best.area
+        numbers = [int(((area >= low) & (area < high)).sum()) for low, high in SIZES.values()]
+        names = [f"{size}\n({number})" for size, number in zip(SIZES, numbers, strict=True)]
+        bars = _bars(by_size, names, series, colours, hatches)
+        by_size.set(xlabel="size of the target (number of targets)", ylabel="recall (%)")
+        by_size.tick_params(labelleft=True)
+        pairs = list(zip(handles, bars, strict=True))
+        _legend_above(figure, pairs, list(series), columns=min(len(reports), 4))
 
 
 def draw_histograms(path: Path, reports: Sequence[Report]) -> None:
     """IoU of the best-regressed and of the most confident queries with their targets."""
     edges = np.linspace(0, 1, BINS + 1)
-    height = 2.2
-    with drawing(path, 1, len(reports), max(COLUMN, 2.4 * len(reports)), height, sharey=True) as (_, axes):
-        for axis, report in zip(axes[0], reports, strict=True):
+    with _panels(path, len(reports), 1.9) as (_, axes):
+        highest = 0.0
+        for axis, report in zip(axes, reports, strict=True):
             for k, (name, title) in enumerate(POPULATION_NAMES.items()):
                 found = report.alignments[name]
                 if found is None:
                     continue
                 share = 100 * found.histogram / found.queries
+                highest = max(highest, float(share.max()))
                 axis.stairs(share, edges, fill=True, alpha=0.3, color=COLOURS[k])
                 label = f"{title}, mean {found.mean_iou:.2f}"
                 axis.stairs(share, edges, color=COLOURS[k], linewidth=1.1, label=label, linestyle=LINE_STYLES[k])
-            axis.set(title=report.label, xlabel="IoU with the target", xlim=(0, 1))
-            axis.legend(loc="upper left")
-        axes[0][0].set_ylabel("queries (%)")
+            axis.set(title=report.label, xlabel="IoU with the target", xlim=(0, 1), ylabel="queries (%)")
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(loc="upper left")
+        # Room for the legend above the highest bar: the panels share their scale.
+        axes[0].set_ylim(0, 1.35 * highest or 1.0)
 
 
 def draw_joint_density(path: Path, reports: Sequence[Report]) -> None:
@@ -90,7 +96,8 @@ def draw_joint_density(path: Path, reports: Sequence[Report]) -> None:
     rows = list(POPULATION_NAMES)
     densities = [[joint_density(*report.populations[name]) for report in reports] for name in rows]
     highest = max(float(density.max()) for row in densities for density in row) or 1.0
-    with drawing(path, len(rows), len(reports), max(COLUMN, 2.5 * len(reports)), 2.45 * len(rows)) as (figure, axes):
+    width = COLUMN * max(len(reports), 1.2)
+    with drawing(path, len(rows), len(reports), width, 2.9 * len(rows)) as (figure, axes):
         image = None
         for r, name in enumerate(rows):
             for c, report in enumerate(reports):
@@ -98,10 +105,11 @@ def draw_joint_density(path: Path, reports: Sequence[Report]) -> None:
                 found = report.alignments[name]
                 numbers = "no queries"
                 if found is not None:
-                    rho = "–" if found.spearman is None else f"{found.spearman:.2f}"
+                    rho = "undefined" if found.spearman is None else f"{found.spearman:.2f}".replace("-", "−")
                     numbers = f"Spearman {rho}, calibration error {found.calibration_error:.2f}"
-                axes[r][c].set_title(f"{report.label}: {POPULATION_NAMES[name]}\n{numbers}", pad=16, fontsize=FONT)
-        figure.colorbar(image, ax=axes.ravel().tolist(), label="queries (%)", shrink=0.6, aspect=30)
+                axes[r][c].set_title(f"{report.label}: {POPULATION_NAMES[name]}\n{numbers}", pad=4, fontsize=FONT)
+        label = "queries in a cell (%), square-root scale"
+        figure.colorbar(image, ax=axes.ravel().tolist(), label=label, shrink=0.6, aspect=30)
 
 
 def _joint_panel(axis: Any, density: Any, highest: float) -> Any:
@@ -130,65 +138,68 @@ def _joint_panel(axis: Any, density: Any, highest: float) -> Any:
 
 def draw_calibration(path: Path, reports: Sequence[Report]) -> None:
     """Mean IoU over mean score of the N most confident queries by range of the score, if it has 1% of them."""
-    with drawing(path, 1, 1, COLUMN, 2.4) as (_, axes):
+    with drawing(path, 1, 1, COLUMN, 2.8) as (figure, axes):
         axis = axes[0][0]
-        axis.plot([0, 1], [0, 1], color="0.5", linewidth=0.8, linestyle=":", label="score = IoU")
+        lines = axis.plot([0, 1], [0, 1], color="0.4", linewidth=0.9, linestyle=":")
+        names = ["score = IoU"]
         for i, report in enumerate(reports):
             found = report.alignments["most_confident"]
             if found is None:
                 continue
             full = found.reliability[found.reliability[:, 0] >= 0.01 * found.queries]
-            label = f"{report.label}, error {found.calibration_error:.2f}"
-            axis.plot(full[:, 1], full[:, 2], LINE_STYLES[i % 4], color=COLOURS[i], marker=MARKERS[i], label=label)
+            lines += axis.plot(full[:, 1], full[:, 2], LINE_STYLES[i % 4], color=COLOURS[i], marker=MARKERS[i])
+            names.append(f"{report.label}, calibration error {found.calibration_error:.2f}")
         axis.set(
-            xlabel=f"mean score ({CALIBRATION_BINS} ranges)",
+            title="N most confident queries",
+            xlabel=f"mean score (queries grouped by ranges of {1 / CALIBRATION_BINS:g})",
             ylabel="mean IoU with the target",
             xlim=(0, 1),
             ylim=(0, 1),
         )
-        axis.legend(loc="upper left")
+        _legend_above(figure, lines, names, columns=1)
 
 
 def draw_oracle(path: Path, reports: Sequence[Report]) -> None:
     """AP as it is, and with better scores for the same boxes."""
-    names = ["as it is", "score = IoU\nif matched", "others\nranked below"]
+    names = ["as it is", "score = IoU\nif matched\nby score", "score = IoU\nif matched\nby IoU"]
+    names.append("by IoU, and\nunmatched\nranked last")
     series = {report.label: list(report.oracle) for report in reports}
-    with drawing(path, 1, 1, COLUMN, 2.2) as (_, axes):
-        _bars(axes[0][0], names, series, COLOURS, HATCHES, numbers=True)
+    with drawing(path, 1, 1, COLUMN, 2.5) as (figure, axes):
+        bars = _bars(axes[0][0], names, series, COLOURS, HATCHES, numbers="{:.1f}")
         axes[0][0].set(ylabel="AP (%)")
-        axes[0][0].margins(y=0.15)
-        axes[0][0].legend(loc="upper left")
+        _legend_above(figure, bars, list(series))
 
 
 def draw_errors(path: Path, reports: Sequence[Report]) -> None:
     """What each kind of error costs (left) and how often it occurs among confident detections (right)."""
-    with drawing(path, 1, 2, 2 * COLUMN, 2.3) as (_, axes):
+    with drawing(path, 1, 2, 2 * COLUMN, 2.5) as (figure, axes):
         cost, count = axes[0]
         series = {report.label: [report.errors.cost[name] for name in ERRORS] for report in reports}
-        _bars(cost, ERRORS, series, COLOURS, HATCHES, numbers=True)
+        bars = _bars(cost, ERRORS, series, COLOURS, HATCHES, numbers="{:.1f}")
         cost.set(ylabel="AP50 to be gained (points)")
         series = {report.label: [float(report.errors.confident_counts[name]) for name in ERRORS] for report in reports}
-        _bars(count, ERRORS, series, COLOURS, HATCHES)
-        count.set(ylabel="confident errors (number)")
+        _bars(count, ERRORS, series, COLOURS, HATCHES, numbers="{:.0f}")
+        count.set(ylabel=f"errors with a score ≥ {reports[0].errors.threshold:g}")
         for axis in (cost, count):
-            axis.tick_params(axis="x", rotation=30)
-            axis.margins(y=0.15)
-        cost.legend()
+            axis.set_xticks(axis.get_xticks(), ERRORS, rotation=30, ha="right", rotation_mode="anchor")
+        _legend_above(figure, bars, list(series))
 
 
 def draw_precision_recall(path: Path, reports: Sequence[Report]) -> None:
     """Precision over recall at some IoU thresholds, mean over classes."""
-    with drawing(path, 1, len(reports), max(COLUMN, 2.4 * len(reports)), 2.8, sharey=True) as (_, axes):
-        for axis, report in zip(axes[0], reports, strict=True):
-            for k, t in enumerate((0, 3, 5, 7, 9)):
-                label = f"{IOU_THRESHOLDS[t]:.2f}: {100 * report.precision[t].mean():.1f}"
-                axis.plot(100 * RECALLS, 100 * report.precision[t], LINE_STYLES[k % 4], color=COLOURS[k], label=label)
-            axis.set(title=report.label, xlabel="recall (%)", xlim=(0, 100), ylim=(0, 102))
-            axis.legend(
-                loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, columnspacing=1,
-                title="IoU threshold: AP (%)", title_fontsize=FONT - 0.5,
-            )  # fmt: skip
-        axes[0][0].set_ylabel("precision (%)")
+    shown = (0, 3, 5, 7, 9)
+    with _panels(path, len(reports), 2.3) as (figure, axes):
+        for axis, report in zip(axes, reports, strict=True):
+            lines = []
+            for k, t in enumerate(shown):
+                style = LINE_STYLES[k % len(LINE_STYLES)]
+                lines += axis.plot(100 * RECALLS, 100 * report.precision[t], style, color=COLOURS[k])
+            values = ", ".join(f"{100 * report.precision[t].mean():.1f}" for t in shown)
+            axis.set_title(f"{report.label}\nAP (%): {values}", fontsize=FONT)
+            axis.set(xlabel="recall (%)", ylabel="precision (%)", xlim=(0, 100), ylim=(0, 102))
+        names = [f"{IOU_THRESHOLDS[t]:.2f}" for t in shown]
+        title = "IoU threshold (AP in this order)"
+        _legend_above(figure, lines, names, columns=len(shown), title=title)
 
 
 def draw_per_class(path: Path, reports: Sequence[Report], most: int = 40) -> None:
@@ -200,18 +211,48 @@ def draw_per_class(path: Path, reports: Sequence[Report], most: int = 40) -> Non
     known = [name for name, value in means[0].items() if not np.isnan(value)]
     shown = sorted(known, key=lambda name: means[0][name])[:most]
     metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    with drawing(path, 2, 1, 2 * COLUMN, 4.2) as (_, axes):
+    few = len(shown) <= 8
+    with drawing(path, 2, 1, 2 * COLUMN, 4.4 if few else 5.0) as (figure, axes):
         by_class, by_size = axes[0][0], axes[1][0]
         series = {report.label: [mean[name] for name in shown] for report, mean in zip(reports, means, strict=True)}
-        _bars(by_class, shown, series, COLOURS, HATCHES)
-        title = "" if len(shown) == len(known) else f" (the lowest {len(shown)} of {len(known)})"
-        by_class.set(ylabel="AP (%)", xlabel=f"class{title}")
-        by_class.tick_params(axis="x", rotation=0 if len(shown) < 10 else 90)
+        numbers = [reports[0].objects_per_class[name] for name in shown]
+        names = [f"{name}{chr(10) if few else ' '}({n})" for name, n in zip(shown, numbers, strict=True)]
+        bars = _bars(by_class, names, series, COLOURS, HATCHES, numbers="{:.1f}" if few else None)
+        title = "" if len(shown) == len(known) else f", the lowest {len(shown)} of {len(known)}"
+        by_class.set(ylabel="AP (%)", xlabel=f"class (number of objects){title}")
+        by_class.tick_params(axis="x", rotation=0 if few else 90)
         series = {report.label: [_or_nan(report.metrics.get(metric)) for metric in metrics] for report in reports}
-        _bars(by_size, metrics, series, COLOURS, HATCHES, numbers=True)
-        by_size.set(ylabel="%")
-        by_size.margins(y=0.15)
-        by_size.legend()
+        _bars(by_size, metrics, series, COLOURS, HATCHES, numbers="{:.1f}")
+        by_size.set(ylabel="AP (%)", xlabel="all, by IoU threshold, and by size of the object")
+        _legend_above(figure, bars, list(series))
+
+
+@contextmanager
+def _panels(path: Path, count: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure with a panel for each report, in one or two columns of a paper, with shared scales."""
+    columns = min(count, 2)
+    rows = math.ceil(count / columns)
+    with drawing(path, rows, columns, COLUMN * columns, height * rows + 0.4, sharey=True) as (figure, axes):
+        every = list(axes.ravel())
+        for axis in every[count:]:
+            axis.set_axis_off()
+        for axis in every[:count]:
+            axis.tick_params(labelleft=True)
+        yield figure, every[:count]
+
+
+def _legend_above(figure: Any, handles: Sequence[Any], labels: list[str], columns: int = 4, title: str = "") -> None:
+    """One legend for all panels, in fewer columns where labels are long; a tuple of handles stands for both parts."""
+    from matplotlib.legend_handler import HandlerTuple
+
+    # In points: the handle with its margins, and about half the size of the font for each letter.
+    entry = 6 * FONT + 0.55 * FONT * max(len(label) for label in labels)
+    columns = max(1, min(columns, len(labels), int(72 * figure.get_figwidth() / entry)))
+
+    figure.legend(
+        list(handles), labels, loc="outside upper center", ncols=columns, title=title or None,
+        title_fontsize=FONT - 0.5, handler_map={tuple: HandlerTuple(ndivide=None, pad=0.4)}, handlelength=3.2,
+    )  # fmt: skip
 
 
 def _percent(share: float | None) -> float:
@@ -228,19 +269,27 @@ def _bars(
     series: dict[str, list[float]],
     colours: Sequence[str],
     hatches: Sequence[str],
-    numbers: bool = False,
-) -> None:
-    """Groups of bars, one group a name, one bar a series."""
+    numbers: str | None = None,
+) -> list[Any]:
+    """Groups of bars, one group a name, one bar a series; returns the bars of each series.
+
+    ``numbers`` is the format of the values above the bars, for which there is room with up to four series.
+    """
     width = 0.8 / max(len(series), 1)
+    drawn = []
     for i, (label, values) in enumerate(series.items()):
         places = np.arange(len(names)) + (i - (len(series) - 1) / 2) * width
         bars = axis.bar(
             places, values, width * 0.92, label=label, color=colours[i % len(colours)], alpha=0.8,
             hatch=hatches[i % len(hatches)], edgecolor="white", linewidth=0,
         )  # fmt: skip
-        if numbers:
-            texts = ["" if np.isnan(value) else f"{value:.1f}" for value in values]
-            axis.bar_label(bars, texts, fontsize=FONT - 2, padding=1)
+        if numbers is not None and len(series) <= 4:
+            texts = ["" if np.isnan(value) else numbers.format(value) for value in values]
+            axis.bar_label(bars, texts, fontsize=FONT - 1.5, padding=1.5, rotation=0 if len(series) <= 2 else 90)
+        drawn.append(bars)
+    if numbers is not None:
+        axis.margins(y=0.12 if len(series) <= 2 else 0.25)
     axis.set_xticks(range(len(names)), names)
     axis.set_xlim(-0.5, max(len(names), 1) - 0.5)
     axis.grid(False, axis="x")
+    return drawn

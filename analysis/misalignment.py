@@ -1,4 +1,7 @@
-"""How far scores tell the quality of boxes: histograms, rank correlation, calibration (arXiv 2304.07527, figure 2)."""
+"""How far scores tell the quality of boxes: histograms, rank correlation, calibration.
+
+The histograms are those of the misalignment figures in Align-DETR (arXiv 2304.07527).
+"""
 
 from __future__ import annotations
 

@@ -8,17 +8,22 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from analysis.average_precision import average_precision, match_dataset
-from analysis.matching import Floats, ImageDetections, ImageObjects, Integers, pairwise_iou
+from analysis.average_precision import average_precision, best_of_each_class, match_dataset
+from analysis.matching import Floats, ImageDetections, ImageObjects, Integers, match_image, pairwise_iou
 
 
 class OracleGap(NamedTuple):
     """AP in percent."""
 
     as_is: float
-    aligned: float
-    """With the score of each matched detection replaced by its IoU; all others keep theirs."""
-    suppressed: float
+    matched_by_score: float
+    """With the score replaced by the IoU for those detections that evaluation matches at IoU 0.5; all others keep
+    theirs. What rescoring the detections that are already found correct can gain: a better box that comes second
+    remains a duplicate."""
+    matched_by_iou: float
+    """With the score replaced by the IoU for the one-to-one matches that overlap most, whatever their scores; all
+    others keep theirs. What perfectly aligned scores can gain: they would also put the better box first."""
+    matched_by_iou_others_below: float
     """Moreover with all other detections ranked below: what remains is missing or badly placed boxes."""
 
 
@@ -41,18 +46,37 @@ def best_matches(objects: ImageObjects, detections: ImageDetections) -> tuple[In
     return matched, overlap
 
 
-def rescored(objects: ImageObjects, detections: ImageDetections, suppress: bool) -> ImageDetections:
+def matches_of_evaluation(objects: ImageObjects, detections: ImageDetections) -> tuple[Integers, Floats]:
+    """The matches by which AP50 is computed: in the order of scores; returns as :func:`best_matches`.
+
+    Args:
+        objects: of the image.
+        detections: best first.
+    """
+    matched = match_image(objects, detections, np.array([0.5])).matched[0]
+    iou = pairwise_iou(detections.boxes_xyxy, objects.boxes_xyxy)
+    rows = np.flatnonzero(matched >= 0)
+    overlap = np.zeros(len(matched))
+    overlap[rows] = iou[rows, matched[rows]]
+    return matched, overlap
+
+
+def rescored(
+    detections: ImageDetections, matched: Integers, overlap: Floats, suppress: bool = False
+) -> ImageDetections:
     """With the scores of matched detections replaced by their IoU; if ``suppress``, the others come after them all."""
-    matched, overlap = best_matches(objects, detections)
     others = detections.scores - 2.0 if suppress else detections.scores
     return detections._replace(scores=np.where(matched >= 0, overlap, others))
 
 
 def oracle_gap(objects: Sequence[ImageObjects], detections: Sequence[ImageDetections], num_classes: int) -> OracleGap:
     """AP of the detections of all images with their own scores and with better ones."""
-    versions = [
-        detections,
-        [rescored(o, d, suppress=False) for o, d in zip(objects, detections, strict=True)],
-        [rescored(o, d, suppress=True) for o, d in zip(objects, detections, strict=True)],
-    ]
+    by_score, by_iou, others_below = [], [], []
+    for truth, found in zip(objects, detections, strict=True):
+        ordered = best_of_each_class(found)
+        by_score.append(rescored(ordered, *matches_of_evaluation(truth, ordered)))
+        best = best_matches(truth, found)
+        by_iou.append(rescored(found, *best))
+        others_below.append(rescored(found, *best, suppress=True))
+    versions = (detections, by_score, by_iou, others_below)
     return OracleGap(*(100 * average_precision(match_dataset(objects, found, num_classes)) for found in versions))

@@ -18,7 +18,7 @@ from analysis.best_regressed import (
     most_confident,
     recall,
 )
-from analysis.error_types import ErrorReport, ImageErrors, classify_errors, error_report
+from analysis.error_types import ErrorReport, ImageErrors, above, classify_errors, error_report
 from analysis.matching import IOU_THRESHOLDS, Floats, ImageDetections, ImageObjects
 from analysis.misalignment import Alignment, alignment
 from analysis.oracle import OracleGap, oracle_gap
@@ -70,11 +70,13 @@ class Report(NamedTuple):
     oracle: OracleGap
     errors: ErrorReport
     image_errors: list[ImageErrors]
-    """Of each image, in the order of the observations."""
+    """Of each image, in the order of the observations; confident detections only."""
     precision: Floats
     """[T, 101] precision over recall, mean over classes with objects."""
     per_class: dict[str, list[float | None]]
     """By class, AP in percent at each threshold of ``IOU_THRESHOLDS``; None without objects."""
+    objects_per_class: dict[str, int]
+    """By class, crowds not counted."""
 
 
 def make_report(
@@ -101,7 +103,8 @@ def make_report(
     iou = np.concatenate([o.confident.iou for o in observations])
     populations = {"best_regressed": (best.score[best.found], best.iou[best.found]), "most_confident": (score, iou)}
     errors = [classify_errors(o, d) for o, d in zip(objects, detections, strict=True)]
-    precision, per_class = _precision(match_dataset(objects, detections, num_classes), categories)
+    matched = match_dataset(objects, detections, num_classes)
+    precision, per_class = _precision(matched, categories)
     return Report(
         label,
         tuple(categories),
@@ -111,9 +114,10 @@ def make_report(
         {name: alignment(*population) for name, population in populations.items()},
         oracle_gap(objects, detections, num_classes),
         error_report(errors, num_classes, threshold),
-        errors,
+        [above(image, threshold) for image in errors],
         precision,
         per_class,
+        {name: int(found.objects.sum()) for name, found in zip(categories, matched.classes, strict=True)},
     )
 
 
@@ -152,8 +156,13 @@ def as_json(report: Report) -> Any:
             "misalignment": {
                 name: None if found is None else found._asdict() for name, found in report.alignments.items()
             },
-            "oracle": {**report.oracle._asdict(), "gap": report.oracle.aligned - report.oracle.as_is},
+            "oracle": {
+                **report.oracle._asdict(),
+                "gap_by_score": report.oracle.matched_by_score - report.oracle.as_is,
+                "gap_by_iou": report.oracle.matched_by_iou - report.oracle.as_is,
+            },
             "errors": report.errors._asdict(),
+            "objects_by_class": report.objects_per_class,
             "average_precision_by_class": {
                 name: dict(zip((f"{t:.2f}" for t in IOU_THRESHOLDS), values, strict=True))
                 for name, values in report.per_class.items()
@@ -184,9 +193,7 @@ def scalars(report: Report) -> dict[str, float]:
     """The numbers worth a curve, by name, for TensorBoard."""
     values: dict[str, float | None] = {
         "AP": report.metrics.get("AP"),
-        "oracle/as_is": report.oracle.as_is,
-        "oracle/aligned": report.oracle.aligned,
-        "oracle/suppressed": report.oracle.suppressed,
+        **{f"oracle/{name}": value for name, value in report.oracle._asdict().items()},
     }
     for factor in FACTORS:
         for least in LEAST_IOUS:

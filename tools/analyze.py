@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 import config
-from analysis.best_regressed import by_confidence
 from analysis.detections_file import ImageInfo, annotated_images
 from analysis.figures import draw_all
-from analysis.matching import Floats, ImageDetections, pairwise_iou
-from analysis.pages import LookingQuery, Picture, draw_sampling, draw_worst
+from analysis.looking import ChosenTarget, LookingQuery, LookingRow, chosen_targets, draw_sampling, looking_query
+from analysis.matching import Floats, ImageDetections
+from analysis.pages import Picture, draw_worst
 from analysis.report import Observation, Report, as_json, make_report, observe, scalars
 from analysis.sampling import Sampling, last_cross_attention, recorded
+from analysis.style import COLOURS
 from datasets import Category, CocoDataset
 from datasets.images import UnreadableImageError
 from engine import checkpoint, distributed
@@ -36,7 +37,6 @@ from ops.boxes import cxcywh_to_xyxy
 from ops.ms_deform_attn import set_default_backend
 from structures import Batch
 
-SAMPLED_QUERIES = 4
 PROGRESS_SECONDS = 20.0
 
 
@@ -51,11 +51,11 @@ class Subject(NamedTuple):
 
 
 class Analysed(NamedTuple):
-    """A checkpoint's report, and where some of its queries look."""
+    """A checkpoint's report, and where its queries look."""
 
     report: Report
-    looking: dict[int, list[LookingQuery]]
-    """By image id."""
+    looking: dict[ChosenTarget, LookingQuery]
+    """Of each chosen target whose image could be read."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +70,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="laid over the configurations")
     parser.add_argument("--threshold", type=float, default=0.3, help="score of a confident detection (%(default)s)")
-    parser.add_argument("--images", nargs="+", type=int, help="ids of images for the sampling points (default: three)")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--images",
+        nargs="+",
+        type=int,
+        metavar="ID",
+        help="show the sampling points for the largest, the median and the smallest target of these images "
+        "(default: of the first image with three targets)",
+    )
+    chosen.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="ID:N",
+        help="show the sampling points for these targets: image id, and place among its annotations from 0 on",
+    )
     return parser
 
 
@@ -92,37 +106,41 @@ def load_subject(path: Path, label: str, overrides: Sequence[str]) -> Subject:
     return Subject(label, cfg, model.to(device).eval(), dataset, device)
 
 
-def analyse(subject: Subject, threshold: float, sampled: Sequence[int]) -> Analysed:
+def analyse(
+    subject: Subject, images: Sequence[ImageInfo], threshold: float, chosen: Sequence[ChosenTarget]
+) -> Analysed:
     """Run the detector over the validation set and measure everything.
 
     Args:
         subject: the checkpoint.
+        images: that are annotated.
         threshold: score of a confident detection.
-        sampled: ids of images whose sampling points are wanted.
+        chosen: targets for which sampling points are wanted.
     """
     dataset = subject.dataset
     evaluator = Evaluator(subject.cfg.data.val.annotations, dataset.categories)
-    images = annotated_images(evaluator.ground_truth, [category.id for category in dataset.categories])
     info = {image.image_id: image for image in images}
     observed: dict[int, Observation] = {}
-    looking: dict[int, list[LookingQuery]] = {}
+    looking: dict[ChosenTarget, LookingQuery] = {}
     names = [category.name for category in dataset.categories]
     loader = subject.cfg.data.build_val_loader(dataset)
     reported = time.monotonic()
     for batch in loader:
-        wanted = [i for i, image_id in enumerate(batch.image_ids.tolist()) if image_id in sampled]
+        places = {image_id: i for i, image_id in enumerate(batch.image_ids.tolist())}
+        wanted = [target for target in chosen if target.image_id in places]
         outputs, detections, sampling = _forward(subject, batch, bool(wanted))
         evaluator.update(batch.image_ids, detections)
         scores = outputs.decoder.logits[-1].float().sigmoid().cpu().numpy().astype(np.float64)
         boxes = _pixels(outputs.decoder.boxes[-1].float().cpu(), batch.original_sizes)
-        for i, image_id in enumerate(batch.image_ids.tolist()):
+        for image_id, i in places.items():
             found = ImageDetections(*(part.cpu().numpy() for part in detections[i]))
             found = ImageDetections(found.scores.astype(np.float64), found.labels, found.boxes_xyxy.astype(np.float64))
             observed[image_id] = observe(image_id, info[image_id].objects, found, scores[i], boxes[i])
-        for i in wanted:
+        for target in wanted:
             assert sampling is not None
-            image_id = int(batch.image_ids[i])
-            looking[image_id] = _looking(sampling, i, batch, scores[i], boxes[i], info[image_id], names)
+            i, objects = places[target.image_id], info[target.image_id].objects
+            height, width = batch.original_sizes[i].tolist()
+            looking[target] = looking_query(target.place, objects, scores[i], boxes[i], sampling, i, (height, width))
         if time.monotonic() - reported > PROGRESS_SECONDS:
             reported = time.monotonic()
             print(f"{subject.label}: {len(observed)} of {len(dataset)} images", flush=True)
@@ -157,29 +175,6 @@ def _unread(image: ImageInfo, num_classes: int) -> Observation:
     return observe(image.image_id, image.objects, nothing, np.zeros((1, num_classes)), np.zeros((1, 4)))
 
 
-def _looking(
-    sampling: Sampling, i: int, batch: Batch, scores: Floats, boxes: Floats, image: ImageInfo, names: Sequence[str]
-) -> list[LookingQuery]:
-    """The most confident queries of image i of a batch, in pixels."""
-    height, width = batch.original_sizes[i].tolist()
-    size = np.array([width, height], dtype=np.float64)
-    result = []
-    for query in by_confidence(scores)[:SAMPLED_QUERIES]:
-        iou = pairwise_iou(boxes[query : query + 1], image.objects.boxes_xyxy).max(initial=0)
-        label = int(scores[query].argmax())
-        reference = cxcywh_to_xyxy(sampling.reference[i, query]).double().numpy() * np.tile(size, 2)
-        result.append(
-            LookingQuery(
-                f"{names[label]} {scores[query, label]:.2f}, IoU {iou:.2f}",
-                boxes[query],
-                reference,
-                sampling.locations[i, query].double().numpy() * size,
-                sampling.weights[i, query].double().numpy(),
-            )
-        )
-    return result
-
-
 def labels_of(paths: Sequence[Path]) -> list[str]:
     """Short names: the run directories, with the file where that does not tell them apart."""
     names = [path.resolve().parent.name for path in paths]
@@ -190,18 +185,20 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def choose_images(dataset: CocoDataset, wanted: Sequence[int] | None, count: int = 3) -> list[int]:
-    """Ids of the images given, or of the first ones that have objects.
+def check_labels(given: Sequence[str] | None, paths: Sequence[Path]) -> list[str]:
+    """A different label for each checkpoint.
 
     Raises:
-        ValueError: an image is not in the validation set.
+        ValueError: that cannot be, or there are more checkpoints than colours that can be told apart.
     """
-    if wanted is None:
-        with_objects = (i for i in range(len(dataset)) if len(dataset.annotations.targets(i)[1]))
-        return [dataset.ids[i] for _, i in zip(range(count), with_objects, strict=False)]
-    if unknown := [image_id for image_id in wanted if image_id not in dataset.ids]:
-        raise ValueError(f"image {unknown[0]} is not in the validation set")
-    return list(wanted)
+    if len(paths) > len(COLOURS):
+        raise ValueError(f"{len(paths)} checkpoints: figures can tell at most {len(COLOURS)} apart")
+    labels = labels_of(paths) if given is None else list(given)
+    if len(labels) != len(paths):
+        raise ValueError(f"{len(labels)} labels for {len(paths)} checkpoints")
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"label {twice[0]!r} is given to several checkpoints")
+    return labels
 
 
 def _same_task(subjects: Sequence[Subject], paths: Sequence[Path]) -> None:
@@ -216,33 +213,35 @@ def _same_task(subjects: Sequence[Subject], paths: Sequence[Path]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Analyse and write everything; raises ValueError or OSError for what a user can mend."""
-    labels = args.labels or labels_of(args.resume)
-    if len(labels) != len(args.resume):
-        raise ValueError(f"{len(labels)} labels for {len(args.resume)} checkpoints")
+    labels = check_labels(args.labels, args.resume)
     subjects = [load_subject(path, label, args.set) for path, label in zip(args.resume, labels, strict=True)]
     _same_task(subjects, args.resume)
-    dataset = subjects[0].dataset
-    sampled = choose_images(dataset, args.images)
+    truth = Evaluator(subjects[0].cfg.data.val.annotations, subjects[0].dataset.categories).ground_truth
+    images = annotated_images(truth, [category.id for category in subjects[0].dataset.categories])
+    chosen = chosen_targets(images, args.images, args.targets)
     args.out.mkdir(parents=True, exist_ok=True)
-    results = [analyse(subject, args.threshold, sampled) for subject in subjects]
+    results = [analyse(subject, images, args.threshold, chosen) for subject in subjects]
     reports = [result.report for result in results]
     content = {
         "checkpoints": [{"path": str(p), **as_json(r)} for p, r in zip(args.resume, reports, strict=True)],
         "threshold": args.threshold,
     }
     (args.out / "analysis.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    figures = [*draw_all(args.out, reports), *_draw_pages(args.out, subjects, results, args.threshold)]
+    figures = [*draw_all(args.out, reports), *_draw_pages(args.out, subjects[0].dataset, images, results, chosen)]
     _write_events(args.out, reports, figures)
     for report in reports:
         print(f"{report.label}: " + ", ".join(f"{name} {value:.3g}" for name, value in _headline(report).items()))
     print(f"wrote analysis.json and {len(figures)} figures to {args.out}")
 
 
-def _draw_pages(out: Path, subjects: Sequence[Subject], results: Sequence[Analysed], threshold: float) -> list[Path]:
-    dataset = subjects[0].dataset
+def _draw_pages(
+    out: Path,
+    dataset: CocoDataset,
+    images: Sequence[ImageInfo],
+    results: Sequence[Analysed],
+    chosen: Sequence[ChosenTarget],
+) -> list[Path]:
     place = {image_id: i for i, image_id in enumerate(dataset.ids)}
-    truth = Evaluator(subjects[0].cfg.data.val.annotations, dataset.categories).ground_truth
-    images = annotated_images(truth, [category.id for category in dataset.categories])
 
     def picture(image_id: int) -> Picture:
         try:
@@ -252,24 +251,20 @@ def _draw_pages(out: Path, subjects: Sequence[Subject], results: Sequence[Analys
             return Picture(np.full((height, width, 3), 128, dtype=np.uint8), (height, width))
         return Picture(pixels.permute(1, 2, 0).numpy(), size)
 
-    worst = out / "worst_images.png"
-    draw_worst(
-        worst,
-        [result.report for result in results],
-        [image.objects for image in images],
-        lambda index: picture(images[index].image_id),
-        threshold,
-    )
-    rows = [
-        (result.report.label, picture(image_id), result.looking[image_id])
-        for image_id in results[0].looking
-        for result in results
-        if image_id in result.looking
-    ]
-    if not rows:
-        return [worst]
-    draw_sampling(out / "sampling_points.png", rows)
-    return [worst, out / "sampling_points.png"]
+    reports = [result.report for result in results]
+    paths = [out / "worst_images.png"]
+    draw_worst(paths[0], reports, [i.objects for i in images], lambda index: picture(images[index].image_id))
+    objects = {image.image_id: image.objects for image in images}
+    rows = []
+    for target in chosen:
+        found = objects[target.image_id]
+        name = dataset.categories[found.labels[target.place]].name
+        queries = [result.looking.get(target) for result in results]
+        rows.append(LookingRow(f"{name} ({target})", picture(target.image_id), found.boxes_xyxy[target.place], queries))
+    if rows:
+        paths.append(out / "sampling_points.png")
+        draw_sampling(paths[1], [report.label for report in reports], rows)
+    return paths
 
 
 def _write_events(out: Path, reports: Sequence[Report], figures: Sequence[Path]) -> None:
@@ -290,7 +285,7 @@ def _headline(report: Report) -> dict[str, float]:
     values = scalars(report)
     names = {
         "AP": "AP",
-        "AP with aligned scores": "oracle/aligned",
+        "AP with aligned scores": "oracle/matched_by_iou",
         "best-regressed recall in top N": "best_regressed_recall/N/IoU>=0",
         "Spearman": "most_confident/spearman",
     }

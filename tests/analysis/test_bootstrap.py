@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from analysis.average_precision import average_precision, match_dataset
 from analysis.bootstrap import paired_interval, resampled_precision, resamples
@@ -31,12 +33,43 @@ def test_resampled_precision_is_the_share_of_weight_that_is_right():
     weights = resamples(5, 40)
     expected = weights[:, right].sum(axis=1) / 5
     # Precision is read at 101 recalls: 1 up to the share that is found, 0 beyond.
-    np.testing.assert_allclose(resampled_precision(dataset(right), weights) / 100, expected, atol=0.011)
+    done: list[int] = []
+    precision = resampled_precision(dataset(right), weights, done.append)
+    assert precision.shape == (40, 10)
+    np.testing.assert_allclose(precision / 100, expected[:, None].repeat(10, 1), atol=0.011)
+    assert done == list(range(1, 41))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1))
+def test_resampled_precision_is_average_precision_with_weights(seed):
+    """Of random boxes around random objects, some of them crowds, in images of which some have neither."""
+    rng = np.random.default_rng(seed)
+    objects, found = [], []
+    for _ in range(6):
+        corner = rng.uniform(0, 60, (rng.integers(0, 4), 2))
+        boxes = np.concatenate([corner, corner + rng.uniform(10, 40, corner.shape)], axis=1)
+        labels = rng.integers(0, 2, len(boxes))
+        crowd = rng.random(len(boxes)) < 0.3
+        objects.append(ImageObjects(labels, boxes, np.full(len(boxes), 100.0), crowd))
+        around = np.repeat(boxes, 3, axis=0)
+        around = around + rng.normal(0, 4, around.shape)
+        scores = rng.choice([0.2, 0.5, 0.8, 0.9], len(around))
+        found.append(ImageDetections(scores, np.repeat(labels, 3), around))
+    data = match_dataset(objects, found, 3)
+    weights = resamples(6, 5, seed=seed % 1000)
+    precision = resampled_precision(data, weights)
+    expected = [100 * average_precision(data, weight) for weight in weights]
+    np.testing.assert_allclose(precision.mean(axis=1), expected, atol=1e-9)
+    for t, threshold in ((0, 0.5), (5, 0.75)):
+        single = match_dataset(objects, found, 3, np.array([threshold]))
+        expected = [100 * average_precision(single, weight) for weight in weights]
+        np.testing.assert_allclose(precision[:, t], expected, atol=1e-9)
 
 
 def test_runs_that_are_the_same_differ_by_nothing():
     data = dataset([True, False] * 10)
-    values = resampled_precision(data, resamples(20, 100))
+    values = resampled_precision(data, resamples(20, 100))[:, 0]
     interval = paired_interval([50.0], [50.0], [values], [values])
     assert interval == (0.0, 0.0, 0.0)
     assert not interval.excludes_zero
@@ -45,7 +78,7 @@ def test_runs_that_are_the_same_differ_by_nothing():
 def test_the_interval_is_that_of_the_differences_on_the_same_resamples():
     one, other = dataset([True] * 30 + [False] * 10), dataset([True] * 20 + [False] * 20)
     weights = resamples(40, 400)
-    first, second = resampled_precision(one, weights), resampled_precision(other, weights)
+    first, second = (resampled_precision(data, weights)[:, 0] for data in (one, other))
     observed = 100 * average_precision(one), 100 * average_precision(other)
     interval = paired_interval(observed[:1], observed[1:], [first], [second], confidence=0.9)
     assert interval.difference == pytest.approx(25, abs=1)
@@ -59,7 +92,7 @@ def test_the_interval_is_that_of_the_differences_on_the_same_resamples():
 
 def test_groups_are_compared_by_their_means():
     weights = resamples(20, 50)
-    runs = [resampled_precision(dataset([True] * n + [False] * (20 - n)), weights) for n in (10, 14, 6)]
+    runs = [resampled_precision(dataset([True] * n + [False] * (20 - n)), weights)[:, 5] for n in (10, 14, 6)]
     interval = paired_interval([50.0, 70.0], [30.0], runs[:2], runs[2:])
     assert interval.difference == pytest.approx(30)
     low, _ = np.percentile((runs[0] + runs[1]) / 2 - runs[2], [2.5, 97.5])

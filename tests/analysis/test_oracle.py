@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis.matching import ImageDetections, ImageObjects
-from analysis.oracle import best_matches, oracle_gap
+from analysis.oracle import best_matches, matches_of_evaluation, oracle_gap
 
 BOX = [0.0, 0.0, 100.0, 100.0]
 
@@ -29,15 +29,36 @@ def test_a_confident_bad_box_before_a_good_one():
     gap = oracle_gap([objects(BOX)], [found], 1)
     assert gap.as_is == pytest.approx(100 * (3 * 1 + 7 * 0.5) / 10)
     # The good one is matched, gets score 1 and comes first.
-    assert gap.aligned == pytest.approx(100)
-    assert gap.suppressed == pytest.approx(100)
+    assert gap.matched_by_iou == pytest.approx(100)
+    assert gap.matched_by_iou_others_below == pytest.approx(100)
+    # Evaluation matches the confident one at IoU 0.5: with a score of 0.62 it still comes before the other.
+    assert gap.matched_by_score == pytest.approx(gap.as_is)
+
+
+def test_rescoring_what_evaluation_matches_helps_against_false_ones():
+    # The false one has 0.8, the right ones come before it with 0.9 instead of after it with 0.3 and 0.7.
+    found = [detections((0.3, 0, 90), (0.2, 0, 40)), detections((0.7, 0, 90), (0.8, 0, 0))]
+    gap = oracle_gap([objects(BOX)] * 2, found, 1)
+    # Right at 9 thresholds; as it is at precision 1/2 up to recall 1/2, then 2/3, which holds for lower recalls too.
+    assert gap.as_is == pytest.approx(100 * 9 * (2 / 3) / 10)
+    assert gap.matched_by_score == pytest.approx(100 * 9 / 10)
+
+
+def test_evaluation_takes_the_confident_box_and_the_best_match_the_better_one():
+    found = detections((0.9, 0, 62), (0.5, 0, 100), (0.4, 0, 30))
+    matched, iou = matches_of_evaluation(objects(BOX), found)
+    assert matched.tolist() == [0, -1, -1]
+    np.testing.assert_allclose(iou, [0.62, 0, 0])
+    matched, iou = best_matches(objects(BOX), found)
+    assert matched.tolist() == [-1, 0, -1]
+    np.testing.assert_allclose(iou, [0, 1, 0])
 
 
 def test_a_confident_false_one_remains_unless_it_is_suppressed():
     # IoU 0.7 counts at 5 of 10 thresholds; rescored to 0.7 it comes after the false one with 0.9.
     found = detections((0.95, 0, 70), (0.9, 0, 0))
     gap = oracle_gap([objects(BOX)], [found], 1)
-    assert (gap.as_is, gap.aligned, gap.suppressed) == pytest.approx((50, 25, 50))
+    assert gap == pytest.approx((50, 25, 25, 50))
 
 
 def test_matches_are_one_to_one_within_a_class():
@@ -51,4 +72,5 @@ def test_matches_are_one_to_one_within_a_class():
 def test_perfectly_aligned_scores_leave_no_gap():
     found = [detections((0.8, 0, 80)), detections((0.6, 0, 60)), detections((0.95, 0, 95))]
     gap = oracle_gap([objects(BOX)] * 3, found, 1)
-    assert gap.aligned == pytest.approx(gap.as_is)
+    assert gap.matched_by_iou == pytest.approx(gap.as_is)
+    assert gap.matched_by_score == pytest.approx(gap.as_is)

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from analysis import style
-from analysis.figures import draw_all, draw_calibration, draw_joint_density, draw_per_class, draw_recall
+from analysis.figures import draw_all, draw_calibration, draw_errors, draw_joint_density, draw_per_class, draw_recall
 from analysis.matching import ImageDetections, ImageObjects
-from analysis.pages import LookingQuery, Picture, draw_sampling, draw_worst, errors_of_kind, worst_images
+from analysis.pages import Picture, draw_worst, errors_of_kind, worst_images
 from analysis.report import Report, as_json, make_report, observe, scalars
 
 NAMES = ("disc", "star")
@@ -50,7 +50,11 @@ def test_the_numbers_of_the_report(reports):
     assert sure["misalignment"]["best_regressed"]["mean_iou"] == pytest.approx(0.9)
     assert sure["misalignment"]["most_confident"]["mean_iou"] == pytest.approx(0.7)
     assert sure["misalignment"]["most_confident"]["calibration_error"] == pytest.approx(0.1)
-    assert sure["oracle"]["aligned"] == pytest.approx(aligned["oracle"]["aligned"])
+    assert sure["oracle"]["matched_by_iou"] == pytest.approx(aligned["oracle"]["matched_by_iou"])
+    # Evaluation matches the sure boxes, which overlap less: with their IoU for a score they stay before the others.
+    assert sure["oracle"]["gap_by_score"] == pytest.approx(0, abs=1e-9)
+    assert sure["oracle"]["gap_by_iou"] > 10
+    assert sure["objects_by_class"] == {"disc": 3, "star": 3}
     # Class 1 (no false detection): sure boxes of IoU 0.7 come first, right at 5 of 10 thresholds; of the others the
     # better boxes are right at 4 more, after as many wrong ones.
     assert np.mean(list(sure["average_precision_by_class"]["star"].values())) == pytest.approx(
@@ -96,27 +100,49 @@ def test_figures_of_one_report_without_anything_found(tmp_path):
     json.dumps(as_json(report), allow_nan=False)
 
 
+@pytest.mark.usefixtures("coarse")
+def test_as_many_reports_as_there_are_colours(reports, tmp_path):
+    many = [reports[0]._replace(label=f"a long label {i}") for i in range(len(style.COLOURS))]
+    for draw in (draw_recall, draw_errors, draw_calibration):
+        draw(tmp_path / "figure.png", many)
+        with Image.open(tmp_path / "figure.png") as image:
+            pixels = np.asarray(image.convert("L"))
+        # Nothing, and least of all the legend, runs into the borders.
+        assert min(pixels[:, 0].min(), pixels[:, -1].min(), pixels[0].min(), pixels[-1].min()) > 250
+
+
 def test_worst_images_are_those_with_the_surest_errors(reports):
     errors = reports[0].image_errors
-    background, missed = 4, 5
-    assert worst_images(errors, background, 3, 0.3) == [6]
-    assert worst_images(errors, background, 3, 0.7) == []
-    assert worst_images(errors, missed, 3, 0.3) == []
-    duplicate = 3
-    assert worst_images(errors, duplicate, 2, 0.3) == [0, 1]
-    assert errors_of_kind(errors[0], duplicate, 0.3).tolist() == [1]
+    duplicate, background, missed = 3, 4, 5
+    assert worst_images(errors, background) == [6]
+    assert worst_images(errors, missed) == []
+    assert worst_images(errors, duplicate) == [0, 1, 2, 3, 4, 5]
+    assert errors_of_kind(errors[0], duplicate).tolist() == [1]
+
+
+def test_images_show_the_errors_of_confident_detections_only():
+    errors = make_report("unsure", observations(True), NAMES, METRICS, 0.75).image_errors
+    assert worst_images(errors, kind=3) == worst_images(errors, kind=4) == []
+    errors = make_report("unsure", observations(False), NAMES, METRICS, 0.85).image_errors
+    missed = 5
+    assert worst_images(errors, missed) == [0, 1, 2, 3, 4, 5]
+    assert errors_of_kind(errors[0], missed).tolist() == [0]
 
 
 @pytest.mark.usefixtures("coarse")
-def test_pages(reports, tmp_path):
+def test_page_of_worst_images_has_rows_for_the_errors_there_are(reports, tmp_path):
     picture = Picture(np.full((32, 32, 3), 90, dtype=np.uint8), (64, 64))
     objects = [observation.objects for observation in observations(True)]
-    draw_worst(tmp_path / "worst.png", reports, objects, lambda index: picture, 0.3, count=2)
-    query = LookingQuery(
-        "disc 0.9", np.array([10, 10, 60, 55.0]), np.array([12, 12, 58, 50.0]),
-        np.random.default_rng(0).uniform(0, 64, (2, 3, 4, 2)), np.full((2, 3, 4), 1 / 12),
-    )  # fmt: skip
-    draw_sampling(tmp_path / "sampling.png", [("one", picture, [query, query]), ("two", picture, [query])])
-    for name in ("worst.png", "sampling.png"):
-        with Image.open(tmp_path / name) as image:
-            assert min(image.size) > 100
+    asked: list[int] = []
+
+    def image(index: int) -> Picture:
+        asked.append(index)
+        return picture
+
+    draw_worst(tmp_path / "worst.png", reports, objects, image)
+    # Two duplicates of each report, and the one image with a false detection.
+    assert sorted(asked) == [0, 0, 1, 1, 6, 6]
+    with Image.open(tmp_path / "worst.png") as page:
+        assert page.size == (int(2 * style.COLUMN * style.DPI), int((2 * 1.62 + 0.35) * style.DPI))
+    perfect = [report._replace(image_errors=[]) for report in reports]
+    draw_worst(tmp_path / "none.png", perfect, [], image)
