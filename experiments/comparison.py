@@ -43,6 +43,11 @@ class Group(NamedTuple):
     def finished(self) -> list[Run]:
         return [run for run in self.runs if run.state == "done"]
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the finished runs, in order; runs whose configuration is not known have none."""
+        return tuple(sorted(run.config[SEED] for run in self.finished if isinstance(run.config.get(SEED), int)))
+
     def label(self) -> str:
         """For legends: the variant, and the settings."""
         parts = [] if self.variant is None else [self.variant]
@@ -51,7 +56,9 @@ class Group(NamedTuple):
 
     def status(self) -> str:
         """How many runs the numbers rest on, and what became of the others."""
-        others = [state for state in ("failed", "unfinished", "missing") for run in self.runs if run.state == state]
+        others = [
+            state for state in ("failed", "running", "unfinished", "missing") for run in self.runs if run.state == state
+        ]
         counts = [f"{others.count(state)} {state}" for state in dict.fromkeys(others)]
         return ", ".join([f"{len(self.finished)}", *counts])
 
@@ -154,6 +161,22 @@ def group(members: Sequence[Member]) -> list[Group]:
         identity = json.dumps([member.variant, settings], sort_keys=True)
         groups.setdefault(identity, Group(member.variant, settings, [])).runs.append(member.run)
     return list(groups.values())
+
+
+def seed_notes(groups: Sequence[Group]) -> list[str]:
+    """What a reader has to know about the seeds: whether rows rest on different ones, or on one more than once."""
+    rows = [one for one in groups if one.seeds]
+    notes = []
+    if len({tuple(dict.fromkeys(one.seeds)) for one in rows}) > 1:
+        listed = "; ".join(f"{one.label()}: {', '.join(map(str, dict.fromkeys(one.seeds)))}" for one in rows)
+        notes.append(f"rows rest on different seeds ({listed}), so that part of a difference may be theirs")
+    for one in rows:
+        notes.extend(
+            f"{one.label()}: {one.seeds.count(seed)} runs have seed {seed} and count as if their seeds were different"
+            for seed in dict.fromkeys(one.seeds)
+            if one.seeds.count(seed) > 1
+        )
+    return notes
 
 
 def summarise(runs: Sequence[Run], metric: str, at: At) -> Summary:

@@ -19,6 +19,8 @@ class Curve(NamedTuple):
     means: list[float]
     deviations: list[float]
     """Of the sample; 0 for a single run."""
+    runs: int
+    """Those that contribute."""
 
 
 def learning_curve(runs: Sequence[Run], metric: str) -> Curve:
@@ -31,6 +33,7 @@ def learning_curve(runs: Sequence[Run], metric: str) -> Curve:
         shared,
         [statistics.fmean(column) for column in columns],
         [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns],
+        len(by_run),
     )
 
 
@@ -64,7 +67,8 @@ def _draw_group(axis: Any, group: Group, metric: str, index: int) -> None:
     colour = COLOURS[index % len(COLOURS)]
     style = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
     marker = MARKERS[index % len(MARKERS)]
-    label = f"{group.label()} ({len(runs)})"
+    of_all = f" of {len(group.runs)}" if curve.runs < len(group.runs) else ""
+    label = f"{group.label()} ({curve.runs}{of_all})"
     axis.plot(curve.epochs, curve.means, style, color=colour, marker=marker, label=label)
     low = [mean - deviation for mean, deviation in zip(curve.means, curve.deviations, strict=True)]
     high = [mean + deviation for mean, deviation in zip(curve.means, curve.deviations, strict=True)]

@@ -19,8 +19,8 @@ class Row(NamedTuple):
     group: Group
     summaries: dict[str, Summary]
     """By metric."""
-    difference: Interval | None
-    """To the baseline in the first metric; bounds are NaN where there are no intervals."""
+    differences: dict[str, Interval]
+    """To the baseline, by metric; bounds are NaN where there are no intervals."""
     is_baseline: bool
 
 
@@ -29,7 +29,8 @@ class Comparison(NamedTuple):
 
     rows: list[Row]
     metrics: list[str]
-    has_baseline: bool
+    compared: list[str]
+    """Those with a column of differences to the baseline; none where there is no baseline."""
     confidence: float
     notes: list[str]
     """What a reader has to know: which evaluation, what is missing."""
@@ -51,49 +52,49 @@ def _best(comparison: Comparison) -> dict[str, float]:
     return result
 
 
-def _cells(comparison: Comparison, plus_minus: str, minus: str) -> tuple[list[str], list[list[Cell]]]:
+def _cells(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
     """(header, rows) of the table for people."""
     rows = comparison.rows
     keys = list(rows[0].group.settings)
     has_variants = any(row.group.variant is not None for row in rows)
     header = ["variant"] * has_variants + [short_keys(keys)[key] for key in keys] + ["runs"]
-    for i, metric in enumerate(comparison.metrics):
-        header += [metric] + [f"Δ{metric}"] * (i == 0 and comparison.has_baseline)
+    for metric in comparison.metrics:
+        header += [metric] + [f"Δ{metric}"] * (metric in comparison.compared)
     best = _best(comparison)
     body = []
     for row in rows:
         cells = [Cell(row.group.variant or "", number=False)] * has_variants
         cells += [Cell(text_of(value), number=False) for value in row.group.settings.values()]
         cells.append(Cell(row.group.status(), number=False))
-        for i, metric in enumerate(comparison.metrics):
+        for metric in comparison.metrics:
             summary = row.summaries[metric]
             is_best = bool(summary.values) and round(summary.mean, 2) == best.get(metric)
-            cells.append(Cell(_number(summary, plus_minus), is_best))
-            if i == 0 and comparison.has_baseline:
-                cells.append(Cell("baseline" if row.is_baseline else _difference(row.difference, minus)))
+            cells.append(Cell(_number(summary), is_best))
+            if metric in comparison.compared:
+                cells.append(Cell("baseline" if row.is_baseline else _difference(row.differences.get(metric))))
         body.append(cells)
     return header, body
 
 
-def _number(summary: Summary, plus_minus: str) -> str:
+def _number(summary: Summary) -> str:
     if not summary.values:
         return "–"
-    spread = "" if math.isnan(summary.deviation) else f" {plus_minus} {summary.deviation:.2f}"
+    spread = "" if math.isnan(summary.deviation) else f" ± {summary.deviation:.2f}"
     return f"{summary.mean:.2f}{spread}"
 
 
-def _difference(interval: Interval | None, minus: str) -> str:
+def _difference(interval: Interval | None) -> str:
     if interval is None or math.isnan(interval.difference):
         return "–"
     text = f"{interval.difference:+.2f}"
     if not math.isnan(interval.low):
         text += f" [{interval.low:+.2f}, {interval.high:+.2f}]"
-    return text.replace("-", minus)
+    return text.replace("-", "−")
 
 
 def as_text(comparison: Comparison) -> str:
     """Aligned columns for a terminal; the best of each column has a star."""
-    header, body = _cells(comparison, "±", "-")
+    header, body = _cells(comparison)
     texts = [[cell.text + ("*" if cell.best else " " * cell.number) for cell in row] for row in body]
     widths = [max(len(line[i]) for line in [header, *texts]) for i in range(len(header))]
     numeric = [cell.number for cell in body[0]]
@@ -106,7 +107,7 @@ def as_text(comparison: Comparison) -> str:
 
 def as_markdown(comparison: Comparison) -> str:
     """The best of each column is bold."""
-    header, body = _cells(comparison, "±", "−")
+    header, body = _cells(comparison)
     escaped = [[cell._replace(text=cell.text.replace("|", "\\|")) for cell in row] for row in body]
     lines = [
         "| " + " | ".join(header) + " |",
@@ -118,7 +119,7 @@ def as_markdown(comparison: Comparison) -> str:
 
 def as_latex(comparison: Comparison) -> str:
     """A tabular for the booktabs package; the best of each column is bold."""
-    header, body = _cells(comparison, r"$\pm$", "$-$")
+    header, body = _cells(comparison)
     columns = "".join("r" if cell.number else "l" for cell in body[0])
     lines = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", _latex_line(header), "\\midrule"]
     for row in body:
@@ -135,17 +136,15 @@ def _latex_line(header: Sequence[str]) -> str:
 
 
 _LATEX: Mapping[str, str] = {
-    "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "Δ": r"$\Delta$", "–": "--", "α": r"$\alpha$", "τ": r"$\tau$",
+    "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "–": "--", "Δ": r"$\Delta$", "α": r"$\alpha$", "τ": r"$\tau$",
 }  # fmt: skip
 
 
 def _latex(text: str) -> str:
-    """Escaped, except for the mathematics that this module itself writes between dollars."""
-    parts = text.split("$")
-    if len(parts) % 2 == 0:  # a dollar of the user's
-        return "".join(_LATEX.get(c, c) for c in text.replace("$", r"\$"))
-    return "$".join(part if i % 2 else "".join(_LATEX.get(c, c) for c in part) for i, part in enumerate(parts))
+    """One cell, every character as itself."""
+    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -156,15 +155,17 @@ def as_csv(comparison: Comparison) -> str:
     header = ["variant", *keys, "runs", "failed"]
     for metric in comparison.metrics:
         header += [metric, f"{metric}_std"]
-    first = comparison.metrics[0]
-    writer.writerow([*header, *(f"{first}_{name}" for name in ("difference", "low", "high"))])
+    compared = comparison.compared or comparison.metrics[:1]
+    writer.writerow([*header, *(f"{metric}_{name}" for metric in compared for name in Interval._fields)])
     for row in comparison.rows:
         failed = sum(run.state == "failed" for run in row.group.runs)
         values: list[object] = [row.group.variant or "", *map(text_of, row.group.settings.values())]
         values += [len(row.group.finished), failed]
         for metric in comparison.metrics:
             values += [_plain(row.summaries[metric].mean), _plain(row.summaries[metric].deviation)]
-        writer.writerow([*values, *(_plain(v) for v in row.difference or (math.nan,) * 3)])
+        for metric in compared:
+            values += map(_plain, row.differences.get(metric, (math.nan,) * 3))
+        writer.writerow(values)
     return stream.getvalue()
 
 

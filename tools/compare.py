@@ -14,20 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import config
-from analysis.average_precision import MatchedDataset, average_precision, match_dataset
-from analysis.bootstrap import Interval, paired_interval, resampled_precision, resamples
-from analysis.detections_file import annotated_images, detections_by_image, read_rows
-from analysis.matching import Floats
-from engine.coco_metrics import GroundTruth, read_ground_truth
-from engine.run_directory import DETECTIONS
-from experiments.comparison import Group, collect, find_baseline, group, summarise, value_of
+from analysis.bootstrap import Interval
+from experiments import intervals
+from experiments.comparison import Group, collect, find_baseline, group, seed_notes, summarise
 from experiments.curves import draw_learning_curves
-from experiments.runs import Run
 from experiments.tables import Comparison, Row, as_csv, as_latex, as_markdown, as_text
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-TOLERANCE = 0.02
-"""Percent of AP by which detections may disagree with the metrics that were logged for them (they are rounded)."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,64 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Intervals:
-    """Paired bootstrap intervals from the detections that runs have left behind."""
-
-    def __init__(self, samples: int, confidence: float) -> None:
-        self.samples, self.confidence = samples, confidence
-        self.problems: dict[str, None] = {}
-        self._truth: dict[str, GroundTruth] = {}
-        self._resampled: dict[Path, Floats | None] = {}
-
-    def between(self, one: Group, baseline: Group) -> Interval:
-        """The difference in AP; without bounds where a run's detections are not at hand."""
-        first, second = (summarise(g.finished, "AP", "last").values for g in (one, baseline))
-        nothing = Interval(math.nan, math.nan, math.nan)
-        if not first or not second:
-            return nothing
-        plain = Interval(sum(first) / len(first) - sum(second) / len(second), math.nan, math.nan)
-        if not self.samples:
-            return plain
-        if len({str(run.config["data"]["val"]["annotations"]) for g in (one, baseline) for run in g.finished}) > 1:
-            self.problems["no interval between runs on different validation sets"] = None
-            return plain
-        values = [self._of(run) for run in one.finished]
-        others = [self._of(run) for run in baseline.finished]
-        if any(value is None for value in [*values, *others]):
-            return plain
-        present, others_present = ([v for v in some if v is not None] for some in (values, others))
-        return paired_interval(first, second, present, others_present, self.confidence)
-
-    def _of(self, run: Run) -> Floats | None:
-        """[samples] AP on the resamples; None if the run's detections cannot be used."""
-        if run.directory not in self._resampled:
-            try:
-                matched = self._matched(run)
-                print(f"resampling {run.directory.name} …", file=sys.stderr, flush=True)
-                weights = resamples(matched.num_images, self.samples)
-                self._resampled[run.directory] = resampled_precision(matched, weights)
-            except (ValueError, OSError) as error:
-                self.problems[f"no interval: {error}"] = None
-                self._resampled[run.directory] = None
-        return self._resampled[run.directory]
-
-    def _matched(self, run: Run) -> MatchedDataset:
-        rows = read_rows(run.directory / DETECTIONS)
-        path = str(run.config["data"]["val"]["annotations"])
-        if path not in self._truth:
-            self._truth[path] = read_ground_truth(path)
-        truth = self._truth[path]
-        images = annotated_images(truth, truth.category_ids)
-        found = detections_by_image(rows, [image.image_id for image in images], truth.category_ids)
-        matched = match_dataset([image.objects for image in images], found, len(truth.category_ids))
-        logged, own = value_of(run, "AP", "last"), 100 * average_precision(matched)
-        if logged is None or abs(own - logged) > TOLERANCE:
-            raise ValueError(
-                f"{run.directory / DETECTIONS} gives AP {own:.2f}, not that of the last evaluation ({logged})"
-            )
-        return matched
-
-
 def compare(args: argparse.Namespace) -> tuple[Comparison, list[Group]]:
     """All numbers of the table.
 
@@ -121,28 +56,50 @@ def compare(args: argparse.Namespace) -> tuple[Comparison, list[Group]]:
         raise ValueError(f"there is no metric '{unknown[0]}' among the evaluations")
     wanted = args.baseline or baseline
     index = find_baseline(groups, wanted) if wanted is not None else None
-    intervals = Intervals(args.samples if args.at == "last" and metrics[0] == "AP" else 0, args.confidence)
+    # The first column is what rows are compared by, whatever it is.
+    compared = [name for i, name in enumerate(metrics) if i == 0 or name in intervals.METRICS]
+    bounds = intervals.Intervals(args.samples, args.confidence, _say)
     rows = []
     for i, one in enumerate(groups):
         summaries = {metric: summarise(one.finished, metric, args.at) for metric in metrics}
-        difference = None
+        differences = {}
         if index is not None and i != index:
-            base = summarise(groups[index].finished, metrics[0], args.at)
-            difference = Interval(summaries[metrics[0]].mean - base.mean, math.nan, math.nan)
-            if intervals.samples:
-                difference = intervals.between(one, groups[index])
-        rows.append(Row(one, summaries, difference, i == index))
+            for metric in compared:
+                base = summarise(groups[index].finished, metric, args.at)
+                differences[metric] = Interval(summaries[metric].mean - base.mean, math.nan, math.nan)
+                if args.at == "last":
+                    differences[metric] = bounds.between(one, groups[index], metric)
+        rows.append(Row(one, summaries, differences, i == index))
     notes = [f"metrics of the {args.at} evaluation of each run"]
-    if index is not None and intervals.samples:
-        notes.append(
-            f"Δ: difference of means to '{groups[index].label()}', with its {100 * args.confidence:g}% paired "
-            f"bootstrap interval over validation images ({args.samples} resamples; the spread over seeds is not in it)"
-        )
-    notes.extend(intervals.problems)
+    if index is not None:
+        notes.extend(_about_differences(args, groups[index].label(), compared))
+    notes.extend(bounds.problems)
+    notes.extend(seed_notes(groups))
     notes.extend(
         f"{run.directory.name} failed: {run.message}" for one in groups for run in one.runs if run.state == "failed"
     )
-    return Comparison(rows, metrics, index is not None, args.confidence, notes), groups
+    return Comparison(rows, metrics, compared if index is not None else [], args.confidence, notes), groups
+
+
+def _about_differences(args: argparse.Namespace, label: str, compared: Sequence[str]) -> list[str]:
+    """What Δ is, and why some have no interval."""
+    text = f"Δ: difference of means to '{label}'"
+    if not args.samples:
+        return [text]
+    if args.at != "last":
+        return [f"{text}; no intervals: the detections that runs keep are those of their last evaluation"]
+    without = [name for name in compared if name not in intervals.METRICS]
+    notes = [f"no interval for {name}: there is one for {', '.join(intervals.METRICS)} only" for name in without]
+    if len(without) < len(compared):
+        text += (
+            f", with its {100 * args.confidence:g}% paired bootstrap interval over validation images ({args.samples} "
+            "resamples; the spread over seeds is not in it)"
+        )
+    return [text, *notes]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

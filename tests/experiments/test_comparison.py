@@ -7,6 +7,7 @@ import io
 import math
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from PIL import Image
 
@@ -17,11 +18,12 @@ from experiments.comparison import (
     differing_keys,
     find_baseline,
     group,
+    seed_notes,
     summarise,
     text_of,
     value_of,
 )
-from experiments.curves import draw_learning_curves, learning_curve
+from experiments.curves import _draw_group, draw_learning_curves, learning_curve
 from experiments.plan import make_plan, write_manifest
 from experiments.sweep_file import Sweep
 from experiments.tables import Comparison, Row, as_csv, as_latex, as_markdown, as_text
@@ -116,12 +118,12 @@ def test_a_sweep_brings_variants_missing_and_failed_runs(write_run, tmp_path):
 @pytest.fixture
 def comparison(runs) -> Comparison:
     groups = group(collect([runs])[0])
-    intervals = [None, Interval(7.0, 3.25, 11.5), Interval(math.nan, math.nan, math.nan)]
+    intervals = [Interval(0, 0, 0), Interval(7.0, 3.25, 11.5), Interval(math.nan, math.nan, math.nan)]
     rows = [
-        Row(g, {m: summarise(g.finished, m, "last") for m in ("AP", "AP50")}, interval, i == 0)
+        Row(g, {m: summarise(g.finished, m, "last") for m in ("AP", "AP50")}, {"AP": interval} if i else {}, i == 0)
         for i, (g, interval) in enumerate(zip(groups, intervals, strict=True))
     ]
-    return Comparison(rows, ["AP", "AP50"], True, 0.95, ["a note"])
+    return Comparison(rows, ["AP", "AP50"], ["AP"], 0.95, ["a note"])
 
 
 def test_table_for_the_terminal(comparison):
@@ -151,10 +153,11 @@ def test_table_in_latex(comparison):
 
 def test_latex_escapes_what_people_put_into_names(runs):
     groups = group(collect([runs])[0])
-    odd = groups[0]._replace(variant="a_b & 50% $x", settings={})
-    rows = [Row(odd, {"AP": summarise(odd.finished, "AP", "last")}, Interval(-1.5, -2.0, -1.0), False)]
-    text = as_latex(Comparison(rows, ["AP"], True, 0.95, []))
-    assert r"a\_b \& 50\% \$x & 2 & 22.00 $\pm$ 2.83 & $-$1.50 [$-$2.00, $-$1.00] \\" in text
+    odd = groups[0]._replace(variant=r"a_b & 50% $x$ \par <x|y>", settings={})
+    rows = [Row(odd, {"AP": summarise(odd.finished, "AP", "last")}, {"AP": Interval(-1.5, -2.0, -1.0)}, False)]
+    text = as_latex(Comparison(rows, ["AP"], ["AP"], 0.95, []))
+    name = r"a\_b \& 50\% \$x\$ \textbackslash{}par \textless{}x\textbar{}y\textgreater{}"
+    assert name + r" & 2 & 22.00 $\pm$ 2.83 & $-$1.50 [$-$2.00, $-$1.00] \\" in text
 
 
 def test_table_as_csv(comparison):
@@ -173,9 +176,34 @@ def test_learning_curves(runs, tmp_path, monkeypatch):
     assert curve.deviations == pytest.approx([math.sqrt(8)] * 2)
     assert learning_curve(groups[2].runs, "AP").deviations == [0.0]
     assert learning_curve(groups[0].runs, "APs").epochs == []
+    assert curve.runs == 2
     draw_learning_curves(tmp_path / "curves.png", groups, ["AP", "AP50"])
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > image.height > 100
+
+
+def test_a_curve_says_how_many_runs_it_rests_on(write_run, tmp_path):
+    write_run(tmp_path / "r" / "a", config(0.0, 0), [1.0, 2.0], finished=False)
+    for name, seed in (("b", 1), ("c", 2)):
+        write_run(tmp_path / "r" / name, config(0.0, seed), [])
+    figure, axis = plt.subplots()
+    _draw_group(axis, group(collect([tmp_path / "r"])[0])[0], "AP", 0)
+    assert [line.get_label() for line in axis.lines] == ["all runs (1 of 3)"]
+    plt.close(figure)
+
+
+def test_a_table_of_rows_with_other_seeds_says_so(runs, write_run):
+    members = collect([runs])[0]
+    assert seed_notes(group(members)) == []
+    write_run(runs / "more", config(0.5, 2), [30.0])
+    assert seed_notes(group(collect([runs])[0])) == [
+        "rows rest on different seeds (alpha=0: 0, 1; alpha=0.5: 0, 1, 2), so that part of a difference may be theirs"
+    ]
+    write_run(runs / "again", config(0.0, 1), [30.0])
+    write_run(runs / "third", config(0.0, 2), [30.0])
+    assert seed_notes(group(collect([runs])[0])) == [
+        "alpha=0: 2 runs have seed 1 and count as if their seeds were different"
+    ]
 
 
 def test_values_as_people_write_them():

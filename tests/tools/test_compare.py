@@ -52,8 +52,10 @@ def runs(tmp_path, monkeypatch) -> Path:
 
 def test_differences_come_with_paired_intervals(runs, capsys):
     assert compare.main([str(runs), "--baseline", "k=1", "--samples", "300", "--metrics", "AP,AP50"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["k", "runs", "AP", "ΔAP", "AP50"]
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert captured.err.count("resampling") == 4
+    assert lines[0].split() == ["k", "runs", "AP", "ΔAP", "AP50", "ΔAP50"]
     first, second = lines[2].split(), lines[3].split()
     # 12 and 24 of 40 images: 30 and 60 percent, up to the 101 recalls at which precision is read.
     assert float(first[2]) == pytest.approx(30, abs=1)
@@ -64,9 +66,54 @@ def test_differences_come_with_paired_intervals(runs, capsys):
     assert float(second[5]) == pytest.approx(30, abs=1)
     assert low == pytest.approx(16, abs=3)
     assert high == pytest.approx(44, abs=3)
+    # What is right is so at all thresholds.
+    assert lines[3].split("[")[1].split("]")[0] == lines[3].split("[")[2].split("]")[0]
     for name in ("comparison.md", "comparison.csv", "comparison.tex", "learning_curves.png"):
         assert (runs / name).stat().st_size > 100
     assert "paired bootstrap" in (runs / "comparison.md").read_text()
+
+
+def test_resampled_precision_is_kept_for_these_detections_and_this_number(runs, capsys):
+    def resampled(*arguments: str) -> tuple[str, list[str]]:
+        assert compare.main([str(runs), "--baseline", "k=1", *arguments]) == 0
+        captured = capsys.readouterr()
+        return captured.out, [line.split()[1] for line in captured.err.splitlines()]
+
+    first, made = resampled("--samples", "50")
+    assert made == ["k2s0", "k2s1", "k1s0", "k1s1"]
+    assert resampled("--samples", "50") == (first, [])
+    other, made = resampled("--samples", "60")
+    assert len(made) == 4
+    assert other != first
+    (runs / "k2s0" / "detections_resampled.npz").write_bytes(b"PK damaged")
+    evaluator = Evaluator(runs.parent / "annotations.json", [(3, "disc")], backend="pycocotools")
+    for i in range(10):
+        evaluator.update([i], [Detections(torch.tensor([0.8]), torch.tensor([0]), torch.tensor([[5.0, 5, 35, 35]]))])
+    evaluator.compute()
+    evaluator.save(runs / "k1s0" / "detections.npz")
+    assert resampled("--samples", "60") == (other, ["k2s0", "k1s0"])
+
+
+def test_a_reader_learns_why_there_is_no_interval(runs, capsys):
+    arguments = [str(runs), "--baseline", "k=1", "--samples", "20"]
+    assert compare.main([*arguments, "--at", "best"]) == 0
+    out = capsys.readouterr().out
+    assert "no intervals: the detections that runs keep are those of their last evaluation" in out
+    assert "[" not in out.splitlines()[3]
+    assert compare.main([*arguments, "--metrics", "APl,AP75"]) == 0
+    out = capsys.readouterr().out
+    assert "no interval for APl: there is one for AP, AP50, AP75 only" in out
+    assert out.splitlines()[0].split() == ["k", "runs", "APl", "ΔAPl", "AP75", "ΔAP75"]
+    assert out.splitlines()[3].count("[") == 1
+
+
+def test_runs_that_name_no_validation_set_have_no_intervals(runs, capsys):
+    (runs / "k2s0" / "config.yaml").write_text("k: 2\nseed: 0\n")
+    assert compare.main([str(runs), "--baseline", "k=1", "--samples", "20"]) == 0
+    assert f"the configuration of {runs / 'k2s0'} names no data.val.annotations" in capsys.readouterr().out
+    (runs / "k2s0" / "config.yaml").unlink()
+    assert compare.main([str(runs), "--baseline", "k=1", "--samples", "20"]) == 0
+    assert "names no data.val.annotations" in capsys.readouterr().out
 
 
 def test_without_detections_there_are_differences_but_no_intervals(runs, capsys, tmp_path):
