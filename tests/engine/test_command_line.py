@@ -1,9 +1,12 @@
 """main.py and tools.replay with a real, if tiny, detector and data set: what they do, refuse, and say."""
 
 import functools
+import itertools
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from test_exactness import assert_identical, last
 from training_processes import run_processes
 
 import config
@@ -193,6 +197,35 @@ def test_one_line_and_exit_code_two(trained: Path, data: Path, command: Command,
         assert errors.count("\n") == 1, (arguments, errors)
 
 
+def test_everything_random_at_once_is_exact(
+    data: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped mid-epoch and resumed: the real detector with denoising and dropout, augmented data from a worker."""
+    transforms = "[{name: random_flip}, {name: colour_jitter}, {name: random_transpose}]"
+    options = [
+        "--cfg", data / "tiny.yaml", "data.num_workers=1", f"data.train.transforms={transforms}", "data.batch_size=4",
+        "trainer.accumulation_steps=2", "model.dropout=0.1", "schedule.steps=5",
+    ]  # fmt: skip
+    assert command(*options, f"output_dir={tmp_path}/whole")[0] == 0
+    update, steps = OptimizerStep.update, itertools.count(1)
+
+    def interrupt(step: OptimizerStep) -> None:
+        update(step)
+        if next(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as third_step:
+        third_step.setattr(OptimizerStep, "update", interrupt)
+        assert command(*options, f"output_dir={tmp_path}/parts")[0] == 128 + signal.SIGTERM
+    assert last(tmp_path / "parts")["position"]["step"] == 3
+    assert command(*options, f"output_dir={tmp_path}/parts", "--resume", "auto")[0] == 0
+    whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
+    for state in (whole, parts):
+        assert state["position"]["steps_per_epoch"] == 2
+        del state["config"]["output_dir"]
+    assert_identical(whole, parts)
+
+
 def test_unreadable_validation_images_are_told(trained: Path, data: Path, command: Command, tmp_path: Path) -> None:
     shutil.copytree(data / "images/val", tmp_path / "val")
     broken = next((tmp_path / "val").iterdir())
@@ -217,7 +250,7 @@ def test_evaluation_that_is_given_up_leaves_the_last_one(trained: Path, tmp_path
     assert files.keys() == {"detections.npz", "predictions.png"}
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1
+            parameter.add_(0.1)
     assert validation(model, lambda: True) == {}
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
     validation(model)
