@@ -120,7 +120,9 @@ class Launcher:
             ValueError: another process is working on this sweep.
         """
         lock = self._claim()
-        handlers = {number: signal.signal(number, self._on_signal) for number in _STOPPING}
+        # What is ignored stays so: with nohup, the sweep is to go on after the end of the terminal.
+        heard = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+        handlers = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             return self._run()
         finally:

@@ -33,7 +33,9 @@ again = (out / "starts").read_text() != "x"
 if mode == "fails": print("error: no luck today", file=sys.stderr); sys.exit(2)
 if mode == "fails_once" and not again: raise RuntimeError("not yet")
 if mode == "waits_once" and not again:
-    (out / "waiting").touch(); time.sleep(60)
+    (out / "waiting").touch()
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (out / "go_on").exists(): time.sleep(0.02)
 if mode == "meets":
     other = out.parent / out.name.translate(str.maketrans("01", "10")) / "starts"
     while not other.exists(): time.sleep(0.02)
@@ -111,11 +113,14 @@ def when(file: Path, do) -> threading.Thread:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_it_stops_in_good_order_and_goes_on(sweep, number):
     plan, launcher, said = sweep("waits_once", "works")
-    before = signal.getsignal(number)
-    thread = when(plan.directory(plan.runs[0]) / "waiting", lambda: os.kill(os.getpid(), number))
-    assert launcher.run() == 128 + number
-    thread.join()
-    assert signal.getsignal(number) is before
+    before = signal.signal(number, signal.SIG_DFL)  # it may be ignored, if the tests themselves run under nohup
+    try:
+        thread = when(plan.directory(plan.runs[0]) / "waiting", lambda: os.kill(os.getpid(), number))
+        assert launcher.run() == 128 + number
+        thread.join()
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert said[-1] == f"stopped by {number.name}; the same command goes on"
     assert starts(plan) == [1, 0]
     # The program knows SIGTERM only, and ended by itself.
@@ -124,6 +129,23 @@ def test_it_stops_in_good_order_and_goes_on(sweep, number):
     plan, launcher, _ = sweep("waits_once", "works")
     assert launcher.run() == 0
     assert starts(plan) == [2, 1]
+
+
+def test_with_nohup_it_outlives_the_terminal(sweep):
+    plan, launcher, _ = sweep("works", "waits_once")
+    waiting = plan.directory(plan.runs[1])
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+
+        def both():
+            os.kill(os.getpid(), signal.SIGHUP)
+            (waiting / "go_on").touch()
+
+        thread = when(waiting / "waiting", both)
+        assert launcher.run() == 0
+        thread.join()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 WORKER = """
