@@ -1,5 +1,5 @@
 """Sweeps over configurations and their comparison: grids, launching, run directories, tables.
 
-``grid`` and ``plan`` say what to run, ``launch`` and ``slurm`` run it, ``runs`` reads what runs left behind,
-``comparison``, ``tables`` and ``curves`` show it.
+``grid`` and ``plan`` say what to run, ``launch`` and ``slurm`` run it, ``progress`` says how long it will take, ``runs``
+reads what runs left behind, ``comparison``, ``intervals``, ``tables`` and ``curves`` show it.
 """
