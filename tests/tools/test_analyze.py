@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import main
 from analysis import style
 from analysis.detections_file import read_rows
 from datasets.shapes import ShapesConfig, generate
-from engine import checkpoint
+from engine import checkpoint, trainer, validation
 from experiments.runs import read_run
 from tools import analyze, compare, sweep
 
@@ -36,7 +40,7 @@ data:
   eval_batch_size: 4
   num_workers: 0
 optimizer: {lr: 1e-3, lr_scales: {}}
-schedule: {name: cosine, steps: 3, warmup_steps: 0}
+schedule: {name: cosine, steps: 2, warmup_steps: 0}
 trainer: {eval_every_steps: 2, log_every: 1, device: cpu}
 """
 FIGURES = (
@@ -47,15 +51,26 @@ FIGURES = (
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Path:
-    """A sweep over two losses."""
+    """A sweep over two losses, of which it finds the first one done: by the command that it lists, in this process."""
     directory = tmp_path_factory.mktemp("ablation")
     settings = ShapesConfig(train_images=8, val_images=6, image_size=64, max_object_size=40, max_objects=3)
     generate(directory / "shapes", settings, processes=1)
     (directory / "run.yaml").write_text(RUN)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
-        axes = ["criterion.classification=focal,ia_bce"]
-        assert sweep.main(["--cfg", "run.yaml", *axes, "--out", "runs/loss"]) == 0
+        # Pictures take most of the time of such a run; the second one, a process of its own, draws them.
+        patch.setattr(trainer, "draw_curves", lambda *_: None)
+        patch.setattr(validation, "draw_predictions", lambda *_: None)
+        grid = ["--cfg", "run.yaml", "criterion.classification=focal,ia_bce", "--out", "runs/loss"]
+        with contextlib.redirect_stdout(io.StringIO()) as listed:
+            assert sweep.main([*grid, "--list"]) == 0
+        first, second = (shlex.split(line) for line in listed.getvalue().splitlines())
+        assert "criterion.classification=ia_bce" in second
+        main.run(first[2:])
+        finished = Path("runs/loss/classification-focal/metrics.jsonl")
+        modified = finished.stat().st_mtime_ns
+        assert sweep.main(grid) == 0
+        assert finished.stat().st_mtime_ns == modified
     return directory
 
 
@@ -65,7 +80,7 @@ def test_sweep_compare_and_analyze(swept, monkeypatch, capsys):
     monkeypatch.setattr(style, "DPI", 55)
     runs = [read_run(swept / "runs" / "loss" / f"classification-{name}") for name in ("focal", "ia_bce")]
     assert [run.state for run in runs] == ["done", "done"]
-    assert [record["step"] for record in runs[0].evals] == [2, 3]
+    assert [record["step"] for record in runs[0].evals] == [2]
     assert read_rows(runs[0].directory / "detections.npz").shape[1] == 7
 
     # Again: nothing is left to do.
@@ -112,8 +127,11 @@ def test_mistakes_are_one_line(swept, monkeypatch, capsys, tmp_path):
     cases = [
         (["--resume", "nowhere.pth"], "nowhere.pth: there is no such checkpoint"),
         (["--resume", str(good), str(tmp_path / "checkpoint_last.pth")], "categories that the training data does not"),
-        (["--resume", str(good), "--labels", "a", "b"], "2 labels for 1 checkpoints"),
-        (["--resume", str(good), "--images", "1"], "image 1 is not in the validation set"),
+        (["--resume", *["gone.pth"] * 9], "9 checkpoints: figures can tell at most 8 apart"),
+        (["--resume", "gone.pth", "--labels", "a", "b"], "2 labels for 1 checkpoints"),
+        (["--resume", "gone.pth", "lost.pth", "--labels", "a", "a"], "label 'a' is given to several checkpoints"),
+        (["--resume", str(good), "--images", "1000"], "image 1000 is not in the validation set"),
+        (["--resume", str(good), "--targets", "1000:0"], "--targets 1000:0: image 1000 is not in the validation set"),
         (["--resume", str(good), "--set", "data.val.annotations=gone.json"], "no annotation file gone.json"),
     ]
     for arguments, words in cases:
