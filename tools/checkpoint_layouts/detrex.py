@@ -8,14 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from tools.checkpoint_layouts.backbones import detectron2_resnet, swin
-from tools.checkpoint_layouts.conversion import (
-    Conventions,
-    Rule,
-    count,
-    deformable_attention,
-    parameters,
-    self_attention,
-)
+from tools.checkpoint_layouts.conversion import Conventions, Rule, count, parameters
+from tools.checkpoint_layouts.mmcv_parts import decoder_layers, encoder_layers, neck
 
 NAME = "detrex (DINO or Align-DETR)"
 ROWS_ARE_IDS = False
@@ -37,8 +31,6 @@ def rules(weights: Mapping[str, Tensor]) -> list[Rule]:
     """Rules for all entries of the layout."""
     num_lateral = count(weights, r"neck\.convs\.(\d+)\.conv\.weight")
     num_layers = count(weights, r"transformer\.decoder\.layers\.(\d+)\..+")
-    encoder, decoder = r"transformer\.encoder\.layers\.(\d+)", r"transformer\.decoder\.layers\.(\d+)"
-    own_encoder, own_decoder = r"encoder.layers.\1", r"decoder.layers.\1"
     # The head after those of the decoder's layers is the encoder's.
     heads = [(f"{i}", f"heads.{i}") for i in range(num_layers)] + [(f"{num_layers}", "query_selection.heads")]
     shared = r"(?:transformer\.decoder\.)?"
@@ -46,27 +38,14 @@ def rules(weights: Mapping[str, Tensor]) -> list[Rule]:
         Rule(r"pixel_(?:mean|std)", None, "pixel statistics are part of the configuration"),
         *detectron2_resnet(r"backbone\."),
         *swin(r"backbone\.", 4 - num_lateral),
-        parameters(r"neck\.convs\.(\d+)\.conv", r"neck.lateral.\1.0"),
-        parameters(r"neck\.convs\.(\d+)\.norm", r"neck.lateral.\1.1"),
-        parameters(r"neck\.extra_convs\.(\d+)\.conv", r"neck.extra.\1.0"),
-        parameters(r"neck\.extra_convs\.(\d+)\.norm", r"neck.extra.\1.1"),
+        *neck("norm"),
         Rule(r"transformer\.level_embeds", "level_embedding"),
-        *deformable_attention(rf"{encoder}\.attentions\.0", f"{own_encoder}.attention"),
-        parameters(rf"{encoder}\.norms\.0", f"{own_encoder}.norm"),
-        parameters(rf"{encoder}\.ffns\.0\.layers\.0\.0", f"{own_encoder}.feed_forward.expand"),
-        parameters(rf"{encoder}\.ffns\.0\.layers\.1", f"{own_encoder}.feed_forward.contract"),
-        parameters(rf"{encoder}\.norms\.1", f"{own_encoder}.feed_forward.norm"),
+        *encoder_layers(r"transformer\.encoder\.layers\.(\d+)", r"attentions\.0", r"ffns\.0"),
         parameters(r"transformer\.enc_output", "query_selection.projection"),
         parameters(r"transformer\.enc_output_norm", "query_selection.norm"),
         Rule(r"transformer\.tgt_embed\.weight", "query_content.weight"),
         Rule(r"label_enc\.weight", "denoising.label_embedding.weight"),
-        *self_attention(rf"{decoder}\.attentions\.0\.attn", f"{own_decoder}.self_attention"),
-        *deformable_attention(rf"{decoder}\.attentions\.1", f"{own_decoder}.cross_attention"),
-        parameters(rf"{decoder}\.norms\.0", f"{own_decoder}.self_norm"),
-        parameters(rf"{decoder}\.norms\.1", f"{own_decoder}.cross_norm"),
-        parameters(rf"{decoder}\.ffns\.0\.layers\.0\.0", f"{own_decoder}.feed_forward.expand"),
-        parameters(rf"{decoder}\.ffns\.0\.layers\.1", f"{own_decoder}.feed_forward.contract"),
-        parameters(rf"{decoder}\.norms\.2", f"{own_decoder}.feed_forward.norm"),
+        *decoder_layers(r"transformer\.decoder\.layers\.(\d+)", r"attentions\.0", r"attentions\.1", r"ffns\.0"),
         parameters(r"transformer\.decoder\.norm", "decoder.norm"),
         parameters(r"transformer\.decoder\.ref_point_head\.layers\.(\d+)", r"decoder.position_head.layers.\1"),
         *(parameters(rf"{shared}class_embed\.{index}", f"{own}.class_head") for index, own in heads),

@@ -9,14 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from tools.checkpoint_layouts.backbones import torchvision_resnet
-from tools.checkpoint_layouts.conversion import (
-    Conventions,
-    Rule,
-    count,
-    deformable_attention,
-    parameters,
-    self_attention,
-)
+from tools.checkpoint_layouts.conversion import Conventions, Rule, count, parameters
+from tools.checkpoint_layouts.mmcv_parts import decoder_layers, encoder_layers, neck
 
 NAME = "mmdetection 3 (DINO)"
 ROWS_ARE_IDS = False
@@ -57,34 +51,19 @@ def conventions(content: Mapping[str, Any]) -> Conventions:
 def rules(weights: Mapping[str, Tensor]) -> list[Rule]:
     """Rules for all entries of the layout."""
     num_layers = count(weights, r"decoder\.layers\.(\d+)\..+")
-    encoder, decoder = r"encoder\.layers\.(\d+)", r"decoder\.layers\.(\d+)"
-    own_encoder, own_decoder = r"encoder.layers.\1", r"decoder.layers.\1"
     # The branch after those of the decoder's layers is the encoder's.
     heads = [(f"{i}", f"heads.{i}") for i in range(num_layers)] + [(f"{num_layers}", "query_selection.heads")]
     return [
         Rule(r"data_preprocessor\..+", None, "pixel statistics are part of the configuration"),
         *torchvision_resnet(r"backbone\."),
-        parameters(r"neck\.convs\.(\d+)\.conv", r"neck.lateral.\1.0"),
-        parameters(r"neck\.convs\.(\d+)\.gn", r"neck.lateral.\1.1"),
-        parameters(r"neck\.extra_convs\.(\d+)\.conv", r"neck.extra.\1.0"),
-        parameters(r"neck\.extra_convs\.(\d+)\.gn", r"neck.extra.\1.1"),
+        *neck("gn"),
         Rule(r"level_embed", "level_embedding"),
-        *deformable_attention(rf"{encoder}\.self_attn", f"{own_encoder}.attention"),
-        parameters(rf"{encoder}\.norms\.0", f"{own_encoder}.norm"),
-        parameters(rf"{encoder}\.ffn\.layers\.0\.0", f"{own_encoder}.feed_forward.expand"),
-        parameters(rf"{encoder}\.ffn\.layers\.1", f"{own_encoder}.feed_forward.contract"),
-        parameters(rf"{encoder}\.norms\.1", f"{own_encoder}.feed_forward.norm"),
+        *encoder_layers(r"encoder\.layers\.(\d+)", "self_attn", "ffn"),
         parameters(r"memory_trans_fc", "query_selection.projection"),
         parameters(r"memory_trans_norm", "query_selection.norm"),
         Rule(r"query_embedding\.weight", "query_content.weight"),
         Rule(r"dn_query_generator\.label_embedding\.weight", "denoising.label_embedding.weight"),
-        *self_attention(rf"{decoder}\.self_attn\.attn", f"{own_decoder}.self_attention"),
-        *deformable_attention(rf"{decoder}\.cross_attn", f"{own_decoder}.cross_attention"),
-        parameters(rf"{decoder}\.norms\.0", f"{own_decoder}.self_norm"),
-        parameters(rf"{decoder}\.norms\.1", f"{own_decoder}.cross_norm"),
-        parameters(rf"{decoder}\.ffn\.layers\.0\.0", f"{own_decoder}.feed_forward.expand"),
-        parameters(rf"{decoder}\.ffn\.layers\.1", f"{own_decoder}.feed_forward.contract"),
-        parameters(rf"{decoder}\.norms\.2", f"{own_decoder}.feed_forward.norm"),
+        *decoder_layers(r"decoder\.layers\.(\d+)", "self_attn", "cross_attn", "ffn"),
         parameters(r"decoder\.norm", "decoder.norm"),
         parameters(r"decoder\.ref_point_head\.layers\.(\d+)", r"decoder.position_head.layers.\1"),
         *(parameters(rf"bbox_head\.cls_branches\.{index}", f"{own}.class_head") for index, own in heads),
