@@ -6,7 +6,9 @@ import logging
 import multiprocessing
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Literal
 
@@ -19,6 +21,8 @@ from datasets.samplers import EvalBatchSampler, TrainBatchSampler
 from structures import Batch
 
 WorkerStart = Literal["fork", "spawn", "forkserver"]
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 MAX_RESTARTS = 3
 """So often in a row, without a batch in between, workers may die before loading gives up."""
@@ -110,7 +114,8 @@ class WorkerPool:
         if not self.num_workers:
             return iter(self._loader)
         previous = signal.getsignal(signal.SIGCHLD)
-        iterator = iter(self._loader)
+        with _signals_held_back():
+            iterator = iter(self._loader)
         if signal.getsignal(signal.SIGCHLD) is not previous:
             # torch's handler raises wherever the main thread happens to be when a worker dies, be it in the optimizer.
             # Without it the death is noticed where it can be handled: when the next batch does not come.
@@ -146,10 +151,22 @@ def _is_death_of_worker(error: Exception) -> bool:
     return isinstance(error, EOFError | ConnectionError | FileNotFoundError) and not raised_by_worker
 
 
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Workers started in here get no signal to stop until ``_start_worker`` is ready for it; nor does this process."""
+    resource_tracker.ensure_running()  # started by the first spawned worker otherwise, which would end the holding back
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker: int) -> None:
     """Runs in each worker. Signals reach the whole process group, but when to stop is for the main process to say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _overhear)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     torch.set_num_threads(1)
 
 
