@@ -7,7 +7,7 @@ RUN := runs/quickstart
 .PHONY: help install quickstart test lint check clean
 
 help:
-	@echo "make quickstart   make data, train a tiny Align-DETR DINO on it, evaluate, draw (about 10 minutes on two cores)"
+	@echo "make quickstart   make data, train a tiny Align-DETR DINO on it, evaluate, draw (about 7 minutes on two cores)"
 	@echo "make test         the whole test suite"
 	@echo "make lint         formatting, lint and types"
 	@echo "make check        lint and test, as continuous integration runs them"

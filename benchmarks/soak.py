@@ -127,11 +127,13 @@ def main() -> None:
         "machine": f"{platform.machine()} {platform.system()}",
         "exit_code": code,
         "minutes": samples[-1].seconds / 60,
+        "settle_seconds": arguments.settle,
         "summary": summary,
-        "samples": [sample._asdict() for sample in samples],
+        "fields": list(Sample._fields),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    rows = ",\n".join("  " + json.dumps([round(value, 1) for value in sample]) for sample in samples)
+    arguments.out.write_text(json.dumps(report, indent=1)[:-2] + f',\n "samples": [\n{rows}\n ]\n}}\n')
     for name, figures in summary.items():
         print(f"{name:12s}" + "".join(f"  {key} {value:10.1f}" for key, value in figures.items()))
     print(f"exit code {code} after {report['minutes']:.1f} minutes; written to {arguments.out}")

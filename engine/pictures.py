@@ -127,13 +127,11 @@ def _latest_by_step(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential mean without bias at the start."""
-    result, mean, total = [], 0.0, 0.0
-    for value in values:
-        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        result.append(mean / total)
-    return result
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean over the neighbours on both sides, as many on either: unlike a mean of the past, it does not lag behind."""
+    most = max(2, len(values) // 20)
+    reaches = [min(most, i, len(values) - 1 - i) for i in range(len(values))]
+    return [float(np.mean(values[i - reach : i + reach + 1])) for i, reach in enumerate(reaches)]
 
 
 def _canvas(rows: int, columns: int, size: float) -> tuple[Any, Any]:

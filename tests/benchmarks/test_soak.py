@@ -44,7 +44,8 @@ def test_a_real_leak_shows_with_all_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert report["exit_code"] == 7, "stopped by the signal that asks for an orderly end"
-    assert report["samples"][-1]["processes"] == 2
+    last = dict(zip(report["fields"], report["samples"][-1], strict=True))
+    assert last["processes"] == 2
     assert report["summary"]["memory_mib"]["highest"] > 64, "the child's memory counts"
     assert report["summary"]["memory_mib"]["slope_per_hour"] > 1000
     assert report["summary"]["handles"]["last_quarter"] > report["summary"]["handles"]["first_quarter"] + 5
