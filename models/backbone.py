@@ -87,8 +87,13 @@ class Backbone(nn.Module):
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Recompute activations in the backward pass, where the timm model knows how to."""
-        if hasattr(self.body, "set_grad_checkpointing"):
-            self.body.set_grad_checkpointing(enable)
+        if not hasattr(self.body, "set_grad_checkpointing"):
+            return
+        self.body.set_grad_checkpointing(enable)
+        for module in self.body.modules():
+            # What a recomputed part reads must still be there: an activation in place would have overwritten it.
+            if enable and getattr(module, "inplace", False):
+                module.inplace = False
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] → maps [B, channels_i, ≈H / stride_i, ≈W / stride_i], finest first."""
