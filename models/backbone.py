@@ -137,8 +137,7 @@ def _create(config: BackboneConfig, load_weights: bool) -> Any:
 
 def _load_weights(body: nn.Module, name: str, path: str) -> None:
     """Fill a cut model from a file for the whole model; every parameter and buffer must be in it."""
-    with torch.device("meta"):
-        whole = timm.create_model(name, pretrained=False, **_options(name))
+    whole = _outline(name)
     state = _read_weights(path)
     convert = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
@@ -162,11 +161,20 @@ def _load_weights(body: nn.Module, name: str, path: str) -> None:
 
 
 def _probe(name: str) -> tuple[list[int], list[str]]:
-    """Strides that a model offers and the names of the children that end there; read off a copy without storage."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        info: Any = timm.create_model(name, features_only=True, pretrained=False, **_options(name)).feature_info
+    """Strides that a model offers and the names of the children that end there."""
+    info: Any = _outline(name, features_only=True).feature_info
     return list(info.reduction()), [module.replace(".", "_") for module in info.module_name()]
+
+
+def _outline(name: str, **arguments: Any) -> nn.Module:
+    """A model to look at; without storage, unless this version of timm computes with values while it builds it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.device("meta"):
+                return timm.create_model(name, pretrained=False, **arguments, **_options(name))
+        except NotImplementedError:
+            return timm.create_model(name, pretrained=False, **arguments, **_options(name))
 
 
 def _options(name: str) -> dict[str, Any]:
