@@ -6,6 +6,7 @@ also where gradients go through NCCL: an exchange then never waits for the devic
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import platform
@@ -117,6 +118,9 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
     dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=timeout)
     global _has_connected
     _has_connected = True
+    # Its destructor waits for threads of its own while it holds the interpreter's lock, which they need in order to let
+    # go of the last tensors: ending processes have hung for good. The process ends soon anyway, so it is never called.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
     try:
         yield
     finally:
