@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine.checkpoint import serialise
 from engine.step import Criterion, Precision, forward_loss, is_finite, seed_step
+from engine.whole_files import replacing
 from structures import Batch, Targets
 
 KIND = "align-detr non-finite step"
@@ -192,14 +193,8 @@ class StepRecord(NamedTuple):
             "diagnosis": diagnosis._asdict(),
             "weights": model.state_dict(),
         }
-        temporary = path.with_name(f".{path.name}.writing")
-        try:
-            with temporary.open("wb") as file:
-                serialise(content, file)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        temporary.replace(path)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            serialise(content, file)
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], path: Path) -> StepRecord:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine import distributed
 from engine.coco_metrics import STATISTICS, BoxMetrics, MetricBackend, box_metrics, read_ground_truth
 from engine.loaders import Loader
+from engine.whole_files import replacing
 from structures import Batch, Detections
 
 log = logging.getLogger(__name__)
@@ -111,8 +112,7 @@ class Evaluator:
         with distributed.agreed_errors():
             if distributed.is_main():
                 rows = self._rows(found)
-                temporary = path.with_name(f".{path.name}.writing")
-                with temporary.open("wb") as file:
+                with replacing(path) as temporary, temporary.open("wb") as file:
                     np.savez_compressed(
                         file,
                         image_ids=rows[:, 0].astype(np.int64),
@@ -120,7 +120,6 @@ class Evaluator:
                         scores=rows[:, 5].astype(np.float32),
                         category_ids=rows[:, 6].astype(np.int64),
                     )
-                temporary.replace(path)
 
     def _gathered(self) -> dict[int, NDArray[np.float32]]:
         """By image id, so that an image that several processes have seen counts once."""

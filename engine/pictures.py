@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.whole_files import replacing
 from structures import Batch, Detections
 
 # Okabe and Ito's palette: distinguishable with the common forms of colour blindness.
@@ -166,11 +167,6 @@ def _draw_boxes(axis: Any, pixels: NDArray[np.uint8], boxes: Tensor, labels: Ten
 
 
 def _save(figure: Any, path: Path | str) -> None:
-    """Write beside the target and rename, so that nobody ever sees half a picture."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
+    """Write it so that nobody ever sees half a picture."""
+    with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import checkpoint
+from engine.whole_files import UNFINISHED, replacing
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class RunDirectory:
         try:
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-            for leftover in self.path.glob(".*.writing"):
+            for leftover in self.path.glob(UNFINISHED):
                 leftover.unlink()
             (self.path / LAUNCH).write_text(json.dumps(list(launchers)), encoding="utf-8")
         except OSError as error:
@@ -125,6 +126,5 @@ def forget_after(directory: Path, step: int, *, evaluated: bool) -> None:
         last = step if evaluated or record.get("kind") == "train" else step - 1
         if record.get("step", 0) <= last:
             kept.append(line + "\n")
-    temporary = file.with_name(f".{METRICS}.writing")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from analysis.detections_file import annotated_images, detections_by_image, read
 from analysis.matching import IOU_THRESHOLDS, Floats
 from engine.coco_metrics import GroundTruth, read_ground_truth
 from engine.run_directory import DETECTIONS
+from engine.whole_files import replacing
 from experiments.comparison import Group, summarise, value_of
 from experiments.runs import Run
 
@@ -153,8 +153,6 @@ def _read(path: Path, key: str) -> tuple[float, Floats] | None:
 
 
 def _write(path: Path, key: str, precision: float, resampled: Floats) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    with contextlib.suppress(OSError):  # somebody else's run, perhaps, that may only be read
-        with temporary.open("wb") as file:
-            np.savez(file, key=np.array(key), precision=np.array(precision), resampled=resampled)
-        os.replace(temporary, path)
+    # It may be somebody else's run, that may only be read.
+    with contextlib.suppress(OSError), replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, key=np.array(key), precision=np.array(precision), resampled=resampled)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.whole_files import replacing
 from experiments.grid import combinations
 from experiments.sweep_file import Sweep
 
@@ -171,9 +171,8 @@ def write_manifest(plan: Plan) -> None:
         "baseline": plan.baseline,
         "runs": [{"name": r.name, "variant": r.variant, "overrides": list(r.overrides)} for r in plan.runs],
     }
-    temporary = plan.out / f".{MANIFEST}.writing"
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, plan.out / MANIFEST)
+    with replacing(plan.out / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(out: Path) -> Plan | None:
