@@ -1,18 +1,53 @@
 // Multi-scale deformable attention on the host: forward and backward, fused and unfused, behind a plain C interface.
 
 #include <atomic>
+#include <memory>
 #include <system_error>
 #include <thread>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "samples.h"
 
 namespace {
 
-// Runs task(i) for every i, on this thread and others; each task must write memory of its own.
-template <class Task> void parallel(int64_t tasks, int64_t threads, const Task& task) {
+constexpr int64_t HUGE_PAGE = int64_t{1} << 21;
+
+// Asks for huge pages in the part of a large buffer that can have them: rows far apart then share entries of the page
+// table, and a buffer fresh from the system costs a few page faults instead of thousands. It is no more than a hint.
+void prefer_huge_pages(void* buffer, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto start = reinterpret_cast<uintptr_t>(buffer), first = (start + HUGE_PAGE - 1) & -HUGE_PAGE;
+  const auto last = (start + bytes) & -HUGE_PAGE;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)buffer, (void)bytes;
+#endif
+}
+
+// Memory that a thread keeps from one task to the next, not initialised.
+template <class A> class Scratch {
+ public:
+  A* get(int64_t size) {
+    if (size > size_) data_.reset(new A[size]);
+    size_ = std::max(size, size_);
+    return data_.get();
+  }
+
+ private:
+  std::unique_ptr<A[]> data_;
+  int64_t size_ = 0;
+};
+
+// Runs task(i, state) for every i, on this thread and others, each with a State of its own; each task must write memory
+// of its own.
+template <class State, class Task> void parallel(int64_t tasks, int64_t threads, const Task& task) {
   std::atomic<int64_t> next{0};
   const auto work = [&] {
-    for (int64_t i = next++; i < tasks; i = next++) task(i);
+    State state;
+    for (int64_t i = next++; i < tasks; i = next++) task(i, state);
   };
   std::vector<std::thread> others;
   try {
@@ -22,6 +57,15 @@ template <class Task> void parallel(int64_t tasks, int64_t threads, const Task& 
   }
   work();
   for (auto& other : others) other.join();
+}
+
+struct Nothing {};
+
+template <class A> void fill_zero(A* to, int64_t size, int64_t threads) {
+  const int64_t block = HUGE_PAGE / static_cast<int64_t>(sizeof(A)), blocks = (size + block - 1) / block;
+  parallel<Nothing>(blocks, threads, [&](int64_t task, Nothing) {
+    std::fill_n(to + task * block, std::min(block, size - task * block), A(0));
+  });
 }
 
 // D channels per head, known at compile time.
@@ -114,17 +158,23 @@ template <class T, class A> struct Channels<T, A, 0> {
 // which falls into few sets of the caches and many pages. Four pixels can be copied in the time that a query takes.
 bool worth_copying(const Problem& p) { return p.heads > 1 && 4 * p.queries >= p.pixels; }
 
-// Copies the channels of one head, from is the first; the copy has the accumulation type.
-template <class T, class A> void copy_map(const Problem& p, const T* from, int64_t pixels, std::vector<A>& to) {
-  const int64_t stride = p.heads * p.channels;
-  to.resize(pixels * p.channels);
-  for (int64_t i = 0; i < pixels; ++i)
-    for (int64_t c = 0; c < p.channels; ++c) to[i * p.channels + c] = scalar(from[i * stride + c]);
-}
-
-// Rows of one head lie far apart in the tensors, a page for a few of them: asked for so many queries before they are
+// Rows of one head lie far apart in the tensors, a page for a few of them: asked for so many rows before they are
 // needed, they arrive in time.
 constexpr int64_t AHEAD = 8;
+
+// Copies the channels of one head, from is the first; the copy has the accumulation type.
+template <class T, class A, int D> void copy_map(const Problem& p, const T* from, A* to) {
+  const int64_t stride = p.heads * p.channels;
+  for (int64_t i = 0; i < p.pixels; ++i, from += stride, to += p.channels) {
+    if constexpr (D > 0) {
+      for (int64_t byte = 0; byte < D * static_cast<int64_t>(sizeof(T)); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(from + AHEAD * stride) + byte);
+      for (int c = 0; c < D; c += WIDTH<A>) store(to + c, load(from + c));
+    } else {
+      for (int64_t c = 0; c < p.channels; ++c) to[c] = scalar(from[c]);
+    }
+  }
+}
 
 // Inlined by force: GCC takes a function that does nothing but this for one without effect, and drops the calls.
 template <class A>
@@ -135,8 +185,7 @@ __attribute__((always_inline)) inline void prefetch(const void* tensor, int64_t 
 
 // Asks for what a query of one head reads: its samples, weights and gradient, and what it writes.
 template <class A>
-__attribute__((always_inline)) inline void prefetch_query(const Problem& p, int64_t image, int64_t q, int64_t head, bool gradients) {
-  const int64_t row = (image * p.queries + std::min(q + AHEAD, p.queries - 1)) * p.heads + head;
+__attribute__((always_inline)) inline void prefetch_query(const Problem& p, int64_t row, bool gradients) {
   const int64_t samples = p.levels * p.points;
   prefetch<A>(p.samples, row, 2 * samples);
   prefetch<A>(p.weights, row, samples);
@@ -146,44 +195,54 @@ __attribute__((always_inline)) inline void prefetch_query(const Problem& p, int6
   prefetch<A>(p.grad_weights, row, samples);
 }
 
-template <class T, class A, int D> void forward_in_place(const Problem& p) {
-  // Blocks of neighbouring queries read neighbouring pixels: small enough for balance, large enough for the cache.
-  constexpr int64_t block = 64;
-  const int64_t blocks = (p.queries + block - 1) / block, stride = p.heads * p.channels;
-  parallel(p.images * blocks, p.threads, [&](int64_t task) {
-    const int64_t image = task / blocks, first = task % blocks * block;
-    Samples<A> samples(p, 0, p.levels);
-    samples.set_image(image);
-    const T* value = static_cast<const T*>(p.value) + image * p.pixels * stride;
-    for (int64_t q = first; q < std::min(first + block, p.queries); ++q) {
-      for (int64_t head = 0; head < p.heads; ++head) {
-        const int64_t query = image * p.queries + q, row = query * p.heads + head;
-        samples.prepare(query, row);
-        Channels<T, A, D>::gather(samples, value + head * p.channels, stride, p.channels,
-                                  static_cast<A*>(p.output) + row * p.channels);
-      }
-    }
-  });
+// The queries of each image in the order of their work, roughly from top to bottom: those that follow each other then
+// read the same rows of pixels, while caches and page tables still know them.
+template <class A> std::vector<int64_t> order_of_work(const Problem& p) {
+  constexpr int64_t bands = 64;
+  const auto band = [&](int64_t query) -> int64_t {
+    const A y = p.fused ? static_cast<const A*>(p.reference)[query * p.reference_size + 1]
+                        : static_cast<const A*>(p.samples)[2 * query * p.heads * p.levels * p.points + 1];
+    return y > 0 ? (y < 1 ? static_cast<int64_t>(y * bands) : bands - 1) : 0;  // 0 for NaN
+  };
+  std::vector<int64_t> order(p.images * p.queries);
+  for (int64_t first = 0; first < p.images * p.queries; first += p.queries) {
+    int64_t places[bands + 1] = {};
+    for (int64_t query = first; query < first + p.queries; ++query) ++places[band(query) + 1];
+    for (int64_t i = 0; i < bands; ++i) places[i + 1] += places[i];
+    for (int64_t query = first; query < first + p.queries; ++query) order[first + places[band(query)]++] = query;
+  }
+  return order;
 }
 
 template <class T, class A, int D> void forward(const Problem& p) {
-  if (!worth_copying(p)) return forward_in_place<T, A, D>(p);
   // One image and head is a task, or where there are few of them for the threads, a part of its queries.
   const int64_t maps = p.images * p.heads, stride = p.heads * p.channels;
   const int64_t parts = maps % p.threads == 0 || maps >= 4 * p.threads ? 1 : (4 * p.threads + maps - 1) / maps;
   const int64_t block = (p.queries + parts - 1) / parts;
-  parallel(maps * parts, p.threads, [&](int64_t task) {
-    const int64_t image = task / parts / p.heads, head = task / parts % p.heads, first = task % parts * block;
-    std::vector<A> map;
-    copy_map(p, static_cast<const T*>(p.value) + image * p.pixels * stride + head * p.channels, p.pixels, map);
+  const bool copied = worth_copying(p);
+  const std::vector<int64_t> order = order_of_work<A>(p);
+  prefer_huge_pages(p.output, p.images * p.queries * stride * sizeof(A));
+  parallel<Scratch<A>>(maps * parts, p.threads, [&](int64_t task, Scratch<A>& scratch) {
+    const int64_t image = task / parts / p.heads, head = task / parts % p.heads;
+    const T* value = static_cast<const T*>(p.value) + image * p.pixels * stride + head * p.channels;
+    const A* map = nullptr;
+    if (copied) {
+      A* to = scratch.get(p.pixels * p.channels);
+      copy_map<T, A, D>(p, value, to);
+      map = to;
+    }
     Samples<A> samples(p, 0, p.levels);
     samples.set_image(image);
-    for (int64_t q = first; q < std::min(first + block, p.queries); ++q) {
-      const int64_t query = image * p.queries + q, row = query * p.heads + head;
-      prefetch_query<A>(p, image, q, head, false);
-      samples.prepare(query, row);
-      Channels<A, A, D>::gather(samples, map.data(), p.channels, p.channels,
-                                static_cast<A*>(p.output) + row * p.channels);
+    const int64_t first = image * p.queries + task % parts * block, end = (image + 1) * p.queries;
+    for (int64_t i = first; i < std::min(first + block, end); ++i) {
+      const int64_t row = order[i] * p.heads + head;
+      prefetch_query<A>(p, order[std::min(i + AHEAD, end - 1)] * p.heads + head, false);
+      samples.prepare(order[i], row);
+      A* out = static_cast<A*>(p.output) + row * p.channels;
+      if (copied)
+        Channels<A, A, D>::gather(samples, map, p.channels, p.channels, out);
+      else
+        Channels<T, A, D>::gather(samples, value, stride, p.channels, out);
     }
   });
 }
@@ -256,14 +315,22 @@ template <class A> void finish_fused(const Problem& p, Samples<A>& samples, int6
     std::copy(grad_reference, grad_reference + size, static_cast<A*>(p.grad_reference) + query * size);
 }
 
+template <class A> struct Maps {
+  Scratch<A> value, grad_value;
+};
+
 template <class A, int D> void backward(const Problem& p) {
-  // One image, head and level of grad_value belongs to one task, which adds in the order of queries: no races, and the
-  // same result to the bit for any number of threads. Whole heads cost less where there are enough of them.
-  const int64_t maps = p.images * p.heads, stride = p.heads * p.channels;
+  // One image, head and level of grad_value belongs to one task, which adds in a fixed order: no races, and the same
+  // result to the bit for any number of threads. Whole heads cost less where there are enough of them.
+  const int64_t maps = p.images * p.heads, stride = p.heads * p.channels, all = p.levels * p.points;
   const bool split = maps % p.threads != 0 && maps < 4 * p.threads, copied = worth_copying(p);
-  if (!copied) std::fill_n(static_cast<A*>(p.grad_value), p.images * p.pixels * stride, A(0));
+  const std::vector<int64_t> order = order_of_work<A>(p);
+  prefer_huge_pages(p.grad_value, p.images * p.pixels * stride * sizeof(A));
+  prefer_huge_pages(p.grad_samples, 2 * p.images * p.queries * p.heads * all * sizeof(A));
+  prefer_huge_pages(p.grad_weights, p.images * p.queries * p.heads * all * sizeof(A));
+  if (!copied) fill_zero(static_cast<A*>(p.grad_value), p.images * p.pixels * stride, p.threads);
   const int64_t parts = split ? p.levels : 1, levels = p.levels / parts;
-  parallel(maps * parts, p.threads, [&](int64_t task) {
+  parallel<Maps<A>>(maps * parts, p.threads, [&](int64_t task, Maps<A>& copies) {
     const int64_t part = task % parts, image = task / parts / p.heads, head = task / parts % p.heads;
     Samples<A> samples(p, part * levels, (part + 1) * levels);
     samples.set_image(image);
@@ -271,29 +338,32 @@ template <class A, int D> void backward(const Problem& p) {
     const int64_t base = image * p.pixels * stride + head * p.channels;
     const A* value = static_cast<const A*>(p.value) + base;
     A* grad_value = static_cast<A*>(p.grad_value) + base;
-    std::vector<A> map, grad_map;
+    A *map = nullptr, *grad_map = nullptr;
     if (copied) {
-      copy_map(p, value, p.pixels, map);
-      grad_map.assign(map.size(), A(0));
+      const int64_t size = p.pixels * p.channels;
+      map = copies.value.get(size), grad_map = copies.grad_value.get(size);
+      copy_map<A, A, D>(p, value, map);
+      std::fill_n(grad_map, size, A(0));
     }
-    for (int64_t q = 0; q < p.queries; ++q) {
-      const int64_t query = image * p.queries + q, row = query * p.heads + head;
-      prefetch_query<A>(p, image, q, head, true);
-      samples.prepare(query, row);
-      Channels<A, A, D>::scatter(samples, copied ? map.data() : value, copied ? p.channels : stride, p.channels,
+    const int64_t first = image * p.queries, end = first + p.queries;
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t row = order[i] * p.heads + head;
+      prefetch_query<A>(p, order[std::min(i + AHEAD, end - 1)] * p.heads + head, true);
+      samples.prepare(order[i], row);
+      Channels<A, A, D>::scatter(samples, copied ? map : value, copied ? p.channels : stride, p.channels,
                                  static_cast<const A*>(p.grad_output) + row * p.channels,
-                                 copied ? grad_map.data() : grad_value, partial.data(), dots.data());
+                                 copied ? grad_map : grad_value, partial.data(), dots.data());
       sample_gradients(p, samples, dots.data(), row);
     }
     if (!copied) return;
-    const auto [first, last] = samples.pixel_range();
-    for (int64_t i = first; i < last; ++i)
-      std::copy_n(grad_map.data() + i * p.channels, p.channels, grad_value + i * stride);
+    const auto [begin, last] = samples.pixel_range();
+    for (int64_t i = begin; i < last; ++i)
+      std::copy_n(grad_map + i * p.channels, p.channels, grad_value + i * stride);
   });
   if (!p.fused) return;
   constexpr int64_t block = 64;
   const int64_t blocks = (p.queries + block - 1) / block;
-  parallel(p.images * blocks, p.threads, [&](int64_t task) {
+  parallel<Nothing>(p.images * blocks, p.threads, [&](int64_t task, Nothing) {
     const int64_t image = task / blocks, first = task % blocks * block;
     Samples<A> samples(p, 0, p.levels);
     samples.set_image(image);
