@@ -3,7 +3,8 @@
     python -m benchmarks.ms_deform_attn [--device cuda] [--dtype bfloat16] [--peer package.module:function]
 
 All implementations take turns in one run; a time is the best of the rounds. On a GPU it is that of a replayed CUDA
-graph. On a machine that others use too, --busy takes processor time, of one thread. Results go to benchmarks/results/.
+graph of several calls, on a CPU that of the second of two calls: nobody pays for what another has left in the caches.
+On a machine that others use too, --busy takes processor time, of one thread. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ def prepare(call: Callable[[], object], device: str, clock: Callable[[], float])
     if device != "cuda":
 
         def on_host() -> float:
+            call()
             start = clock()
             call()
             return 1e3 * (clock() - start)

@@ -218,7 +218,7 @@ def backward(
     call.run(plan, grad_output=_aligned(grad_output.to(value.dtype)), **gradients)
     grad_value = gradients["grad_value"]
     if "scale" in gradients:
-        grad_value = grad_value.double() / gradients["scale"]
+        grad_value = grad_value * gradients["scale"].reciprocal()  # of a power of two: rounded once, to float32
     grad_reference = gradients.get("grad_reference")
     if grad_reference is not None and reference is not None:
         grad_reference = grad_reference.sum(2).to(reference.dtype)

@@ -13,14 +13,16 @@ import torch
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_SIDE = 32767
 """Height and width of a map: the backward keeps columns and rows in 16 bits."""
-MAX_SAMPLES = 1024
+MAX_SAMPLES = 512
 """L*P: those of one query must fit into shared memory, with every architecture's 48 KiB."""
 MAX_CHANNELS = 1024
 TILES = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))
 """Width and height in queries of a block's tile, largest first."""
 HALOS = (4, 3, 2)
 """Pixels around a tile's own that its window takes up, as many as there is room for."""
-FORWARD_THREADS, BACKWARD_THREADS = 256, 128
+FORWARD_THREADS = 256
+PASS_QUERIES = 32
+"""So many queries of a tile the backward holds in shared memory at a time."""
 PLAIN_SHARED_BYTES = 48 * 1024
 
 POINTERS = (
@@ -59,7 +61,7 @@ def forward_plan(signature: Signature) -> Plan:
     """The forward: the largest tile whose samples fit into the shared memory that every architecture has."""
     samples = signature.levels * signature.points
     for width, height in TILES if signature.tiled else TILES[1:]:
-        shared = width * height * (samples * 32 + 8)
+        shared = width * height * (samples * 32 + 8) + signature.levels * 16
         if shared <= PLAIN_SHARED_BYTES:
             break
     return _plan("forward.cu", signature, (width, height), signature.tiled, FORWARD_THREADS, shared, ())
@@ -69,21 +71,22 @@ def forward_plan(signature: Signature) -> Plan:
 def backward_plan(signature: Signature, shared_limit: int, deterministic: bool) -> Plan:
     """The backward: with windows if they fit into ``shared_limit`` bytes of shared memory, if possible twice."""
     extra = (("DETERMINISTIC", str(int(deterministic))),)
+    threads = 32 * min(max(signature.levels, 4), 8)  # a warp for each window
     if signature.tiled:
         for limit in (shared_limit // 2, shared_limit):
             for tile, halo in itertools.product(TILES[:3], HALOS):
                 windows = _windows(signature.levels, tile, halo)
                 floats = sum(w * h for w, h in windows) * signature.channels
-                shared = _backward_bytes(signature, tile) + (floats + 3) // 4 * 16
+                shared = _backward_bytes(signature, tile, True) + (floats + 3) // 4 * 16
                 if shared <= limit:
                     text = "{" + ",".join(f"{{{w},{h}}}" for w, h in windows) + "}"
                     macros = (*extra, ("WINDOWS", text))
-                    return _plan("backward.cu", signature, tile, True, BACKWARD_THREADS, shared, macros)
+                    return _plan("backward.cu", signature, tile, True, threads, shared, macros)
     for tile in TILES[1:]:
-        shared = _backward_bytes(signature, tile)
+        shared = _backward_bytes(signature, tile, False)
         if shared <= PLAIN_SHARED_BYTES:
             break
-    return _plan("backward.cu", signature, tile, False, BACKWARD_THREADS, shared, extra)
+    return _plan("backward.cu", signature, tile, False, threads, shared, extra)
 
 
 def _windows(levels: int, tile: tuple[int, int], halo: int) -> list[tuple[int, int]]:
@@ -92,10 +95,17 @@ def _windows(levels: int, tile: tuple[int, int], halo: int) -> list[tuple[int, i
     return [(-(-tile[0] // 2**level) + margin, -(-tile[1] // 2**level) + margin) for level in range(levels)]
 
 
-def _backward_bytes(signature: Signature, tile: tuple[int, int]) -> int:
-    """Shared memory of the backward without windows: see ``struct Shared``."""
-    queries, samples = tile[0] * tile[1], signature.levels * signature.points
-    return queries * ((signature.channels + 3) // 4 * 16 + samples * 28 + 8) + signature.levels * 8
+def _passes(tile: tuple[int, int]) -> int:
+    """Passes of the backward over a tile, among which the tile's rows are dealt out."""
+    return max(1, tile[0] * tile[1] // PASS_QUERIES)
+
+
+def _backward_bytes(signature: Signature, tile: tuple[int, int], tiled: bool) -> int:
+    """Shared memory of the backward without windows: see ``struct Shared`` of csrc/backward.cu."""
+    queries, samples = tile[0] * tile[1] // _passes(tile), signature.levels * signature.points
+    query = (signature.channels + 3) // 4 * 16 + 8 + 4 * (samples | 1)
+    sample = 60 if tiled else 28
+    return queries * (query + samples * sample) + signature.levels * 24
 
 
 def _plan(
@@ -118,6 +128,7 @@ def _plan(
         "TILED": int(tiled),
         "TILE_WIDTH": tile[0],
         "TILE_HEIGHT": tile[1],
+        "PASSES": _passes(tile) if source == "backward.cu" else 1,
         "THREADS": threads,
     }
     named = tuple((name, str(number)) for name, number in macros.items())

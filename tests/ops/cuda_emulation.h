@@ -53,6 +53,7 @@ static std::vector<Fiber> fibers;
 static std::vector<Barrier> warps;
 static std::vector<float> slots;
 static Barrier block;
+static long long adds;  // to global memory
 static ucontext_t scheduler;
 static int passed;
 static const std::function<void()>* body;
@@ -145,6 +146,9 @@ inline unsigned __float_as_uint(float x) {
   return bits;
 }
 inline long long __float2ll_rn(float x) { return std::llrint(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float __expf(float x) { return std::exp(x); }
-inline void atomicAdd(float* to, float x) { *to += x; }
-inline void atomicAdd(unsigned long long* to, unsigned long long x) { *to += x; }
+template <class T> inline void atomicAdd(T* to, T x) {
+  *to += x;
+  ++emulation::adds;
+}

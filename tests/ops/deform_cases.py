@@ -116,7 +116,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def make_pyramid(seed: int, **options: Any) -> Case:
     """Queries are the pixels, and samples are near them, but for some."""
-    case = make_case(seed, H=2, P=2, **options)
+    case = make_case(seed, **{"H": 2, "P": 2, **options})
     B, Q, H, L, P, _ = case.offsets.shape
     generator = torch.Generator().manual_seed(seed)
     centres = torch.cat(

@@ -38,11 +38,13 @@ def registers(plan: Plan, architecture: int) -> int:
 @pytest.mark.skipif(not has_nvrtc(), reason="NVRTC is not installed")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_for_every_architecture(architecture: int) -> None:
-    """With 64 registers a thread, 1024 threads run on a multiprocessor, half of what it can hold."""
+    """With 64 registers a thread, 1024 threads run on a multiprocessor, half of what it can hold; windows leave
+    room for fewer."""
     assert registers(forward_plan(MODEL), architecture) <= 64
     backward = backward_plan(MODEL, SHARED_BYTES[architecture] * 1024, False)
     assert backward.tiled
-    assert registers(backward, architecture) <= 64
+    assert registers(backward, architecture) <= 128
+    assert registers(backward_plan(MODEL._replace(tiled=False), 48 * 1024, False), architecture) <= 64
 
 
 VARIANTS = {
@@ -59,11 +61,13 @@ VARIANTS = {
 def test_variants_compile(variant: str, architecture: int) -> None:
     signature = VARIANTS[variant]
     assert registers(forward_plan(signature), architecture) <= 64
-    assert registers(backward_plan(signature, SHARED_BYTES[architecture] * 1024, True), architecture) <= 64
+    backward = backward_plan(signature, SHARED_BYTES[architecture] * 1024, True)
+    assert registers(backward, architecture) <= (128 if backward.tiled else 64)
 
 
 def test_plans_fit_into_shared_memory() -> None:
-    for levels, points, channels in [(1, 1, 1), (4, 4, 32), (5, 8, 64), (4, 256, 16), (1, 1024, 1024)]:
+    sizes = [(1, 1, 1), (4, 4, 32), (5, 8, 64), (4, 128, 16), (1, 512, 1024), (512, 1, 1024)]
+    for levels, points, channels in sizes:
         signature = MODEL._replace(levels=levels, points=points, channels=channels)
         assert forward_plan(signature).shared_bytes <= 48 * 1024
         for limit in SHARED_BYTES.values():
@@ -77,7 +81,7 @@ def test_limits_of_the_kernels() -> None:
     value, samples = torch.empty(1, 12, 2, 32), torch.empty(1, 5, 2, 1, 4, 2)
     assert cuda.supports(value, [3, 4], samples)
     assert not cuda.supports(torch.empty(1, 40000, 2, 32, device="meta"), [1, 40000], samples)
-    assert not cuda.supports(value, [3, 4], torch.empty(1, 5, 2, 1, 1025, 2))
+    assert not cuda.supports(value, [3, 4], torch.empty(1, 5, 2, 1, 513, 2))
     assert not cuda.supports(torch.empty(1, 12, 2, 1025), [3, 4], samples)
 
 

@@ -23,14 +23,15 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no C++ compiler")
 
 
-def emulated(plan: Plan) -> Callable[..., None]:
-    """The kernel compiled for the host."""
+def emulated(plan: Plan) -> Callable[..., int]:
+    """The kernel compiled for the host; returns how many numbers it has added to global memory so far."""
     defines = "".join(f"#define {name} {value}\n" for name, value in plan.macros)
     kernel = f"ms_deform_attn_{Path(plan.source).stem}"
     program = (
         f'{defines}#include "cuda_emulation.h"\n#include "{plan.source}"\n'
-        'extern "C" void run(const Problem* p, int blocks, int bytes, int order) {\n'
-        f"  emulation::run([&] {{ {kernel}(*p); }}, blocks, THREADS, bytes, order);\n}}\n"
+        'extern "C" long long run(const Problem* p, int blocks, int bytes, int order) {\n'
+        f"  emulation::run([&] {{ {kernel}(*p); }}, blocks, THREADS, bytes, order);\n"
+        "  return emulation::adds;\n}\n"
     )
     headers = [HERE / "cuda_emulation.h", *(cuda.SOURCES / name for name in (*cuda.HEADERS, plan.source))]
     key = key_of(program, *(path.read_bytes() for path in headers))
@@ -41,18 +42,27 @@ def emulated(plan: Plan) -> Callable[..., None]:
         flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{HERE}", f"-I{cuda.SOURCES}")
         compile_shared(compiler_command(), flags, source, output)
 
-    return ctypes.CDLL(str(cached_file(f"emulated-{key}.so", build))).run
+    run: Callable[..., int] = ctypes.CDLL(str(cached_file(f"emulated-{key}.so", build))).run
+    return run
+
+
+class Plans(list[Plan]):
+    """The plans that were run, and how many numbers the last kernel has added to global memory."""
+
+    adds = 0
 
 
 @pytest.fixture(params=[1, 97], ids=["in order", "out of order"])
-def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
-    """Lets cuda.forward and cuda.backward run on the host; returns the plans that were run."""
-    plans: list[Plan] = []
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Plans:
+    """Lets cuda.forward and cuda.backward run on the host."""
+    plans = Plans()
 
     def launch(plan: Plan, problem: Any, blocks: int, device: torch.device) -> None:
         assert device.type == "cpu"
         plans.append(plan)
-        emulated(plan)(ctypes.byref(problem), blocks, plan.shared_bytes, request.param)
+        kernel = emulated(plan)
+        before = kernel(ctypes.byref(problem), 0, plan.shared_bytes, request.param)
+        plans.adds = kernel(ctypes.byref(problem), blocks, plan.shared_bytes, request.param) - before
 
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(cuda, "shared_limit", lambda device: 227 * 1024)
@@ -100,22 +110,58 @@ def check_against_reference(case: Case, dtype: torch.dtype, sample_dtype: torch.
     ("dtype", "sample_dtype"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
 )
-def test_emulated_kernels_with_windows(dtype: torch.dtype, sample_dtype: torch.dtype, host: list[Plan]) -> None:
+def test_emulated_kernels_with_windows(dtype: torch.dtype, sample_dtype: torch.dtype, host: Plans) -> None:
     shapes = [(13, 18), (7, 9)]
     case = make_pyramid(0, B=2, Q=13 * 18 + 7 * 9, D=32, shapes=shapes)
     check_against_reference(case, dtype, sample_dtype, fused=True)
     assert [plan.tiled for plan in host] == [True, True]
 
 
+@pytest.mark.parametrize(("levels", "P", "D"), [(5, 3, 4), (1, 1, 64), (2, 5, 6)])
+def test_emulated_kernels_with_windows_of_any_shape(levels: int, P: int, D: int, host: Plans) -> None:
+    """More windows than four warps have, an odd number of points, rows in several parts, rows in single floats."""
+    shapes = [(9, 11), (5, 6), (3, 3), (2, 2), (1, 1)][:levels]
+    case = make_pyramid(5, B=1, Q=sum(h * w for h, w in shapes), D=D, P=P, shapes=shapes)
+    check_against_reference(case, torch.float32, torch.float32, fused=True)
+    assert [plan.tiled for plan in host] == [True, True]
+    assert host[1].threads == max(128, 32 * levels)
+
+
+def test_emulated_windows_lie_where_the_samples_are(host: Plans) -> None:
+    """Samples far from their queries, but close to each other: what is added to memory are sums, not taps."""
+    H, W, P, D = 24, 24, 4, 16
+    case = make_pyramid(7, B=1, Q=H * W, D=D, P=P, shapes=[(H, W)], padded=False)
+    generator = torch.Generator().manual_seed(7)
+    shift = torch.tensor([-7.0, 6.0]) + torch.rand(case.offsets.shape, generator=generator) * 2
+    case.pixels = case.reference[:, :, None, None, None] * torch.tensor([W, H]) + shift
+    case.offsets = shift.double() + 0.5
+    check_against_reference(case, torch.float32, torch.float32, fused=True)
+    inside = sum(((case.pixels + tap >= 0) & (case.pixels + tap < W)).all(-1).sum().item() for tap in (0, 1))
+    assert host.adds < 0.3 * 2 * inside * D
+
+
+@pytest.mark.parametrize("together", ["a query's", "all"])
+def test_emulated_windows_take_samples_at_one_place(together: str, host: Plans) -> None:
+    """Samples that follow each other add to the same pixels: none may be lost."""
+    case = make_pyramid(6, B=1, Q=12 * 13, D=16, P=4, shapes=[(12, 13)], padded=False)
+    if together == "all":
+        case.pixels = torch.full_like(case.pixels, 5.25)
+    else:
+        case.pixels = case.pixels[..., :1, :].expand_as(case.pixels).clone()
+    sizes = case.valid_sizes.flip(-1)[:, None, None, :, None].double()
+    case.offsets = case.pixels + 0.5 - case.reference[:, :, None, None, None] * sizes
+    check_against_reference(case, torch.float32, torch.float32, fused=True)
+
+
 @pytest.mark.parametrize(("reference_size", "D"), [(2, 33), (4, 64), (0, 16)])
-def test_emulated_kernels_without_windows(reference_size: int, D: int, host: list[Plan]) -> None:
+def test_emulated_kernels_without_windows(reference_size: int, D: int, host: Plans) -> None:
     case = make_case(1, B=2, Q=37, D=D, H=3, reference_size=reference_size or 2, padded=reference_size > 0)
     check_against_reference(case, torch.float32, torch.float32, fused=reference_size > 0)
     assert [plan.tiled for plan in host] == [False, False]
     assert all(("CHANNELS", str(D)) in plan.macros for plan in host)
 
 
-def test_emulated_kernels_ignore_samples_that_are_nowhere(host: list[Plan]) -> None:
+def test_emulated_kernels_ignore_samples_that_are_nowhere(host: Plans) -> None:
     case = make_case(2, D=16, reference_size=4)
     flat = case.offsets.view(-1, 2)
     for i, bad in enumerate([float("nan"), float("inf"), float("-inf"), 1e30, -1e30, 1e9]):
@@ -124,7 +170,7 @@ def test_emulated_kernels_ignore_samples_that_are_nowhere(host: list[Plan]) -> N
 
 
 @pytest.mark.parametrize("tiled", [True, False])
-def test_emulated_deterministic_backward(tiled: bool, host: list[Plan]) -> None:
+def test_emulated_deterministic_backward(tiled: bool, host: Plans) -> None:
     """Fixed-point sums are as exact as float32 ones, whatever the magnitude; infinite gradients stay visible."""
     case = make_pyramid(3, B=1, Q=99, D=16, shapes=[(9, 11)]) if tiled else make_case(3, B=1, Q=33, D=16)
     value, reference, offsets, logits = (t.detach() for t in case.fused(torch.float32))
@@ -148,7 +194,7 @@ def test_emulated_deterministic_backward(tiled: bool, host: list[Plan]) -> None:
     assert host[-1].tiled == tiled
 
 
-def test_emulated_kernels_take_views_and_mixed_types(host: list[Plan]) -> None:
+def test_emulated_kernels_take_views_and_mixed_types(host: Plans) -> None:
     case = make_case(4, D=16)
     value, reference, offsets, logits = (t.detach() for t in case.fused(torch.float32))
     flat = [6, 5, 3, 4]

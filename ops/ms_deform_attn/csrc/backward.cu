@@ -1,4 +1,4 @@
-// Backward: a block has a tile of queries of one image and head.
+// Backward: a block has a tile of queries of one image and head, in passes of as many as its shared memory holds.
 //
 // grad_value is what costs: every tap adds a row to it. If queries are tiled, their taps fall close together, so the
 // block adds up in shared memory first, in one window a level that lies around the level's samples, and flushes the sums.
@@ -8,151 +8,185 @@
 
 #include "samples.cuh"
 
-constexpr int STEP = VECTOR < 4 ? VECTOR : 4;  // floats that are read or added at once
+constexpr int STEP = VECTOR < 4 ? VECTOR : 4;          // floats that are read or added at once
+constexpr int PITCH = (CHANNELS + 3) / 4 * 4;          // of the rows of the output's gradient
+constexpr int WARPS = THREADS / 32;
+// Windows leave room for a few blocks only, each thread of which may then have more registers.
+constexpr int BLOCKS = (TILED ? 512 : 1024) / THREADS;
 
 #if TILED
-constexpr int QUAD = CHANNELS % 4 == 0 ? 4 : 1;  // the same where rows are all float32
-__constant__ const int windows[LEVELS][2] = WINDOWS;  // width, height
+constexpr int QUAD = CHANNELS % 4 == 0 ? 4 : 1;        // the same where rows are all float32
+__constant__ constexpr int WINDOW[LEVELS][2] = WINDOWS;  // width, height
+
+// What one parity of a sample adds to: an element of the window, or none (-1), or pixel -2 - target in memory.
+struct alignas(8) Tap {
+  int target;
+  float factor;
+};
 #endif
 
-// A located sample, kept in shared memory. The size of the map tells those that have no taps.
-struct Record {
-  float x, y, weight;
-  short column, row;
-
-  __device__ void set(const Place& place, float attention) {
-    x = place.x;
-    y = place.y;
-    weight = attention;
-    column = place.width ? static_cast<short>(place.column) : -2;
-    row = static_cast<short>(place.row);
-  }
-  __device__ Place place(int width, int height) const {
-    const bool inside = column >= -1;
-    return {x, y, column, row, inside ? width : 0, inside ? height : 0};
-  }
-};
-
 struct Shared {
-  Record* records;   // [QUERIES, SAMPLES]
-  float2* shift;     // [QUERIES, SAMPLES] gradients of the locations in pixels
-  float* weight;     // [QUERIES, SAMPLES] gradients of the attention weights
-  float* grad;       // [QUERIES, CHANNELS] of the output
-  float2* terms;     // [QUERIES] of the softmax
-  int2* origins;     // [LEVELS] of the windows
-  float* window;     // one a level, behind each other
+  float* grad;    // [QUERIES, PITCH] of the output
+  float* window;  // one a level, behind each other
+  int4* pixels;   // [QUERIES, SAMPLES] of the taps, -1 for those that do not exist
+  float* dots;    // the same memory, later: [QUERIES, SAMPLES, 4] dot products of the taps' rows with the gradient, and
+                  // at last the gradients of weight, x and y
+#if TILED
+  Tap* taps;      // [QUERIES, SAMPLES, 4] by parity; before that column and row
+#endif
+  Level* levels;  // [LEVELS]
+  int2* origins;  // [LEVELS] of the windows
+  float2* terms;  // [QUERIES] of the softmax, at last its mean gradient
+  float* parts;   // [QUERIES, SAMPLES, 3] of a pixel in x and y, and the attention weight
+  float* column;  // [QUERIES, SAMPLES | 1] logits, later weights times their gradients
 
   __device__ explicit Shared(char* memory) {
     grad = reinterpret_cast<float*>(memory);
-    window = grad + QUERIES * ((CHANNELS + 3) / 4 * 4);
+    window = grad + QUERIES * PITCH;
     float* behind = window;
 #if TILED
-    for (int level = 0; level < LEVELS; ++level) behind += windows[level][0] * windows[level][1] * CHANNELS;
+    behind += first_in_window(LEVELS);
     behind += (4 - (behind - window) % 4) % 4;
 #endif
-    records = reinterpret_cast<Record*>(behind);
-    shift = reinterpret_cast<float2*>(records + QUERIES * SAMPLES);
-    terms = shift + QUERIES * SAMPLES;
-    origins = reinterpret_cast<int2*>(terms + QUERIES);
-    weight = reinterpret_cast<float*>(origins + LEVELS);
+    pixels = reinterpret_cast<int4*>(behind);
+    dots = behind;
+    levels = reinterpret_cast<Level*>(pixels + QUERIES * SAMPLES);
+    char* next = reinterpret_cast<char*>(levels + LEVELS);
+#if TILED
+    taps = reinterpret_cast<Tap*>(next);
+    next = reinterpret_cast<char*>(taps + QUERIES * SAMPLES * 4);
+#endif
+    origins = reinterpret_cast<int2*>(next);
+    terms = reinterpret_cast<float2*>(origins + LEVELS);
+    parts = reinterpret_cast<float*>(terms + QUERIES);
+    column = parts + QUERIES * SAMPLES * 3;
   }
+
+#if TILED
+  // Floats of the windows before that of a level.
+  __device__ static constexpr int first_in_window(int level) {
+    return level == 0 ? 0 : first_in_window(level - 1) + WINDOW[level - 1][0] * WINDOW[level - 1][1] * CHANNELS;
+  }
+#endif
 };
 
+// First element of grad_value that belongs to the block's image and head.
+__device__ inline int64 first_element(const Problem& p, const Block& block) {
+  return (block.image * p.pixels * p.heads + block.head) * CHANNELS;
+}
+
 __device__ inline void locate_all(const Problem& p, const Block& block, const Shared& s) {
-  for (int i = threadIdx.x; i < QUERIES * SAMPLES; i += THREADS) {
-    const int64 query = block.query(p, i / SAMPLES);
-    Place place = place_at(0, 0, 0, 0);
+  for (unsigned i = threadIdx.x; i < QUERIES * SAMPLES; i += THREADS) {
+    const int query = block.query(p, i / SAMPLES);
+    const Level level = s.levels[i % SAMPLES / POINTS];
+    Place place = {0, 0, -2, 0};
     float weight = 0;
     if (query >= 0) {
-      const int64 at = (query * p.heads + block.head) * SAMPLES + i % SAMPLES;
+      const int64 at = block.row(p, query, SAMPLES) + i % SAMPLES;
       float sample[2];
       load<2>(p.samples + 2 * at, sample);
-      place = locate(p, block.image, query, i % SAMPLES / POINTS, sample[0], sample[1]);
+      place = locate(p, query, level, sample[0], sample[1]);
       weight = weight_of(p, at, s.terms[i / SAMPLES]);
     }
-    s.records[i].set(place, weight);
+    int pixel[4];
+#pragma unroll
+    for (int tap = 0; tap < 4; ++tap) pixel[tap] = place.has(tap, level) ? place.pixel(tap, level) : -1;
+    s.pixels[i] = make_int4(pixel[0], pixel[1], pixel[2], pixel[3]);
+    s.parts[3 * i] = place.x;
+    s.parts[3 * i + 1] = place.y;
+    s.parts[3 * i + 2] = weight;
+#if TILED
+    s.taps[4 * i] = {place.column, __uint_as_float(static_cast<unsigned>(place.row))};
+#endif
   }
-  for (int i = threadIdx.x; i < QUERIES * CHANNELS; i += THREADS) {
-    const int64 query = block.query(p, i / CHANNELS);
-    s.grad[i] = query < 0 ? 0.0f : widen(p.grad_output[(query * p.heads + block.head) * CHANNELS + i % CHANNELS]);
+  for (unsigned i = threadIdx.x; i < QUERIES * VECTORS; i += THREADS) {
+    const unsigned channel = i % VECTORS * VECTOR;
+    const int query = block.query(p, i / VECTORS);
+    float row[VECTOR] = {};
+    if (query >= 0) load<VECTOR>(p.grad_output + block.row(p, query, CHANNELS) + channel, row);
+#pragma unroll
+    for (int c = 0; c < VECTOR; c += STEP) store<STEP>(s.grad + i / VECTORS * PITCH + channel + c, row + c);
   }
 }
 
-__device__ inline int64 first_element(const Problem& p, const Block& block, int level) {
-  return ((block.image * p.pixels + p.shapes[level][2]) * p.heads + block.head) * CHANNELS;
+// The sums of four numbers over LANES lanes, written to four floats by some of these lanes.
+__device__ inline void sum_over_lanes(float* x, unsigned lane, bool used, float* to) {
+  if constexpr (LANES >= 4) {
+    // Half of the numbers stay with half of the lanes, twice; then there is one left.
+    const bool odd = lane & 1, upper = lane & 2;
+    float a = odd ? x[2] : x[0], b = odd ? x[3] : x[1];
+    a += __shfl_xor_sync(0xffffffffu, odd ? x[0] : x[2], 1);
+    b += __shfl_xor_sync(0xffffffffu, odd ? x[1] : x[3], 1);
+    float sum = (upper ? b : a) + __shfl_xor_sync(0xffffffffu, upper ? a : b, 2);
+#pragma unroll
+    for (int step = 4; step < LANES; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (used && lane < 4) to[2 * (lane & 1) + (lane >> 1)] = sum;
+  } else {
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2)
+#pragma unroll
+      for (int tap = 0; tap < 4; ++tap) x[tap] += __shfl_xor_sync(0xffffffffu, x[tap], step);
+    if (used && lane == 0)
+      for (int tap = 0; tap < 4; ++tap) to[tap] = x[tap];
+  }
 }
 
-// Gradients of weights and locations, from dot products of the taps' rows with the gradient of the output.
+// Dot products of the taps' rows with the gradient of the output; without tiles, also adds to grad_value.
 __device__ inline void gather(const Problem& p, const Block& block, const Shared& s, float scale) {
-  const int lane = threadIdx.x % LANES;
-  const int64 stride = static_cast<int64>(p.heads) * CHANNELS;
-  for (int i = threadIdx.x / LANES; i < (QUERIES * SAMPLES + THREADS / LANES - 1) / (THREADS / LANES) * (THREADS / LANES);
-       i += THREADS / LANES) {
-    float weight = 0, x = 0, y = 0;
-    if (i < QUERIES * SAMPLES) {
-      const int level = i % SAMPLES / POINTS;
-      int width, height;
-      valid_size(p, block.image, level, width, height);
-      const Place place = s.records[i].place(width, height);
-      const float attention = s.records[i].weight;
-      const int64 base = first_element(p, block, level);
+  constexpr unsigned count = QUERIES * SAMPLES, groups = THREADS / LANES;
+  const unsigned lane = threadIdx.x % LANES, stride = p.heads * CHANNELS * sizeof(value_t);
+  const int64 first = first_element(p, block);
+  // All lanes of a warp take part in the sums, whether there is a sample for them or not.
+#pragma unroll 2
+  for (unsigned i = threadIdx.x / LANES; i < (count + groups - 1) / groups * groups; i += groups) {
+    const bool used = i < count;
+    const int4 pixel4 = used ? s.pixels[i] : make_int4(-1, -1, -1, -1);
+    const int pixel[4] = {pixel4.x, pixel4.y, pixel4.z, pixel4.w};
+    float dots[4] = {};
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      const unsigned channel = (chunk * LANES + lane) * VECTOR;
+      if (channel >= CHANNELS || !used) break;
+      float rows[4][VECTOR], grad[VECTOR];
+#pragma unroll
+      for (int tap = 0; tap < 4; ++tap) load_row<VECTOR>(p.value + first + channel, pixel[tap], stride, rows[tap]);
+#pragma unroll
+      for (int c = 0; c < VECTOR; c += STEP) read<STEP>(s.grad + i / SAMPLES * PITCH + channel + c, grad + c);
+#pragma unroll
+      for (int tap = 0; tap < 4; ++tap)
+#pragma unroll
+        for (int c = 0; c < VECTOR; ++c) dots[tap] += rows[tap][c] * grad[c];
+#if !TILED
+      const Place place = {s.parts[3 * i], s.parts[3 * i + 1], 0, 0};
 #pragma unroll
       for (int tap = 0; tap < 4; ++tap) {
-        if (!place.has(tap)) continue;
-        const int64 pixel = static_cast<int64>(place.row + (tap >> 1)) * p.shapes[level][1] + place.column + (tap & 1);
-        const float factor_x = place.factor_x(tap), factor_y = place.factor_y(tap);
-        float dot = 0;
+        if (pixel[tap] < 0) continue;
+        const float factor = s.parts[3 * i + 2] * place.factor_x(tap) * place.factor_y(tap);
+        const int64 at = first + static_cast<int64>(pixel[tap]) * p.heads * CHANNELS + channel;
 #pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-          const int channel = (chunk * LANES + lane) * VECTOR;
-          if (channel >= CHANNELS) break;
-          float row[VECTOR], grad[VECTOR];
+        for (int c = 0; c < VECTOR; c += STEP) {
+          float added[STEP];
 #pragma unroll
-          for (int c = 0; c < VECTOR; c += STEP) read<STEP>(s.grad + i / SAMPLES * CHANNELS + channel + c, grad + c);
-          load<VECTOR>(p.value + base + pixel * stride + channel, row);
-#pragma unroll
-          for (int c = 0; c < VECTOR; ++c) dot += row[c] * grad[c];
-#if !TILED
-#pragma unroll
-          for (int c = 0; c < VECTOR; c += STEP) {
-            float added[STEP];
-#pragma unroll
-            for (int k = 0; k < STEP; ++k) added[k] = grad[c + k] * (attention * factor_x * factor_y);
-            add_shared_by_blocks<STEP>(p.grad_value, base + pixel * stride + channel + c, added, scale);
-          }
-#endif
+          for (int k = 0; k < STEP; ++k) added[k] = grad[c + k] * factor;
+          add_shared_by_blocks<STEP>(p.grad_value, at + c, added, scale);
         }
-        weight += dot * (factor_x * factor_y);
-        x += dot * (tap & 1 ? factor_y : -factor_y);
-        y += dot * (tap >> 1 ? factor_x : -factor_x);
       }
-      x *= attention;
-      y *= attention;
-      if (!place.width) x = y = 0;
+#endif
     }
-#pragma unroll
-    for (int step = LANES / 2; step > 0; step /= 2) {
-      weight += __shfl_xor_sync(0xffffffffu, weight, step);
-      x += __shfl_xor_sync(0xffffffffu, x, step);
-      y += __shfl_xor_sync(0xffffffffu, y, step);
-    }
-    if (lane == 0 && i < QUERIES * SAMPLES) {
-      s.weight[i] = weight;
-      s.shift[i] = make_float2(x, y);
-    }
+    sum_over_lanes(dots, lane, used, s.dots + 4 * i);
   }
 }
 
 #if TILED
-// Lays the level's window around the mean of its samples; every lane of the warp takes part.
-__device__ inline int2 window_origin(const Shared& s, int level) {
+// Lays the level's window around the mean of the samples of this pass; every lane of the warp takes part.
+__device__ inline void lay_window(const Shared& s, int level) {
   int count = 0, columns = 0, rows = 0;
-  for (int i = threadIdx.x % 32; i < QUERIES * POINTS; i += 32) {
-    const Record& record = s.records[i / POINTS * SAMPLES + level * POINTS + i % POINTS];
-    if (record.column < -1) continue;
+  for (unsigned i = threadIdx.x % 32; i < QUERIES * POINTS; i += 32) {
+    const Tap& place = s.taps[4 * (i / POINTS * SAMPLES + level * POINTS + i % POINTS)];
+    if (place.target < -1) continue;
     ++count;
-    columns += record.column;
-    rows += record.row;
+    columns += place.target;
+    rows += static_cast<int>(__float_as_uint(place.factor));
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
@@ -161,154 +195,212 @@ __device__ inline int2 window_origin(const Shared& s, int level) {
     rows += __shfl_xor_sync(0xffffffffu, rows, step);
   }
   count = max(count, 1);
-  return make_int2(columns / count + 1 - windows[level][0] / 2, rows / count + 1 - windows[level][1] / 2);
+  if (threadIdx.x % 32 == 0)
+    s.origins[level] = make_int2(columns / count + 1 - WINDOW[level][0] / 2, rows / count + 1 - WINDOW[level][1] / 2);
+}
+
+// Decides for each tap whether it adds to the window; by parity.
+__device__ inline void aim_all(const Shared& s) {
+  for (unsigned i = threadIdx.x; i < QUERIES * SAMPLES; i += THREADS) {
+    const int level = i % SAMPLES / POINTS;
+    const int2 origin = s.origins[level];
+    const int4 pixel4 = s.pixels[i];
+    const Place place = {s.parts[3 * i], s.parts[3 * i + 1], s.taps[4 * i].target,
+                         static_cast<int>(__float_as_uint(s.taps[4 * i].factor))};
+#pragma unroll
+    for (int parity = 0; parity < 4; ++parity) {
+      const int right = (place.column ^ parity) & 1, below = (place.row ^ parity >> 1) & 1;
+      const int x = place.column + right - origin.x, y = place.row + below - origin.y;
+      const int pixel = below ? (right ? pixel4.w : pixel4.z) : (right ? pixel4.y : pixel4.x);
+      const bool near = x >= 0 && x < WINDOW[level][0] && y >= 0 && y < WINDOW[level][1];
+      const int inside = (y * WINDOW[level][0] + x) * CHANNELS;
+      s.taps[4 * i + parity] = {pixel < 0 ? -1 : near ? inside : -2 - pixel,
+                                s.parts[3 * i + 2] * (right ? place.x : 1 - place.x) * (below ? place.y : 1 - place.y)};
+    }
+  }
+}
+
+// Adds the same taps of count samples of one query to the window, and returns their lowest target. All are read before
+// the first is written, so that they wait for each other once.
+template <int count> __device__ inline int add_to_window(const Tap* taps, const float* grad, float* window) {
+  Tap tap[count];
+  float sums[count][QUAD];
+#pragma unroll
+  for (int n = 0; n < count; ++n) {
+    tap[n] = taps[4 * n];
+    if (tap[n].target >= 0) read<QUAD>(window + tap[n].target, sums[n]);
+  }
+#pragma unroll
+  for (int n = 0; n < count; ++n) {
+    const bool again = n > 0 && tap[n].target == tap[0].target;
+#pragma unroll
+    for (int k = 0; k < QUAD; ++k) sums[n][k] = (again ? sums[0][k] : sums[n][k]) + grad[k] * tap[n].factor;
+    if (tap[n].target >= 0) store<QUAD>(window + tap[n].target, sums[n]);
+  }
+  return min(tap[0].target, tap[count - 1].target);
 }
 
 // Adds all taps of one level, in the order of the samples; run by one warp.
 __device__ inline void scatter_level(const Problem& p, const Block& block, const Shared& s, int level, float* window,
                                      float scale) {
-  const int part = threadIdx.x % 32 / 8, lane = threadIdx.x % 8;
-  const int2 origin = window_origin(s, level);
-  if (threadIdx.x % 32 == 0) s.origins[level] = origin;
-  int width, height;
-  valid_size(p, block.image, level, width, height);
-  const int64 base = first_element(p, block, level), stride = static_cast<int64>(p.heads) * CHANNELS;
-  for (int i = 0; i < QUERIES * POINTS; ++i) {
-    const Record& record = s.records[i / POINTS * SAMPLES + level * POINTS + i % POINTS];
-    const Place place = record.place(width, height);
-    const int tap = ((place.column ^ part) & 1) | ((place.row ^ part >> 1) & 1) << 1;
-    if (!place.has(tap)) continue;
-    const int column = place.column + (tap & 1), row = place.row + (tap >> 1);
-    const float factor = record.weight * place.factor_x(tap) * place.factor_y(tap);
-    const float* grad = s.grad + i / POINTS * CHANNELS;
-    const int x = column - origin.x, y = row - origin.y;
-    const bool near = x >= 0 && x < windows[level][0] && y >= 0 && y < windows[level][1];
-    float* to = window + (y * windows[level][0] + x) * CHANNELS;
-    for (int c = lane * QUAD; c < CHANNELS; c += 8 * QUAD) {
-      float added[QUAD];
-      read<QUAD>(grad + c, added);
+  const int parity = threadIdx.x % 32 / 8, lane = threadIdx.x % 8;
+  for (int c = lane * QUAD; c < CHANNELS; c += 8 * QUAD) {
+#pragma unroll 1
+    for (int i = 0; i < QUERIES; ++i) {
+      const Tap* taps = s.taps + 4 * (i * SAMPLES + level * POINTS) + parity;
+      float grad[QUAD];
+      read<QUAD>(s.grad + i * PITCH + c, grad);
+      int lowest = -1;
 #pragma unroll
-      for (int k = 0; k < QUAD; ++k) added[k] *= factor;
-      if (near) {
-        float sums[QUAD];
-        read<QUAD>(to + c, sums);
+      for (int n = 0; n + 1 < POINTS; n += 2) lowest = min(lowest, add_to_window<2>(taps + 4 * n, grad, window + c));
+      if (POINTS % 2 == 1) lowest = min(lowest, add_to_window<1>(taps + 4 * (POINTS - 1), grad, window + c));
+      if (lowest == -1) continue;
+#pragma unroll 1
+      for (int n = 0; n < POINTS; ++n) {
+        const Tap tap = taps[4 * n];
+        if (tap.target >= -1) continue;
+        float added[QUAD];
 #pragma unroll
-        for (int k = 0; k < QUAD; ++k) sums[k] += added[k];
-        store<QUAD>(to + c, sums);
-      } else {
-        const int64 pixel = static_cast<int64>(row) * p.shapes[level][1] + column;
-        add_shared_by_blocks<QUAD>(p.grad_value, base + pixel * stride + c, added, scale);
+        for (int k = 0; k < QUAD; ++k) added[k] = grad[k] * tap.factor;
+        const int64 at = first_element(p, block) + static_cast<int64>(-2 - tap.target) * p.heads * CHANNELS + c;
+        add_shared_by_blocks<QUAD>(p.grad_value, at, added, scale);
       }
     }
   }
 }
 
-__device__ inline void flush_level(const Problem& p, const Block& block, const Shared& s, int level, const float* window,
-                                   float scale) {
-  const int2 origin = s.origins[level];
-  const int64 base = first_element(p, block, level), stride = static_cast<int64>(p.heads) * CHANNELS;
-  for (int i = threadIdx.x * QUAD; i < windows[level][0] * windows[level][1] * CHANNELS; i += THREADS * QUAD) {
-    float sums[QUAD];
-    read<QUAD>(window + i, sums);
-    bool any = false;
+template <int level>
+__device__ inline void flush(const Problem& p, const Block& block, const Shared& s, float scale) {
+  if constexpr (level < LEVELS) {
+    constexpr unsigned width = WINDOW[level][0], height = WINDOW[level][1];
+    const int2 origin = s.origins[level];
+    const float* window = s.window + Shared::first_in_window(level);
+    const int columns = s.levels[level].columns, start = s.levels[level].start;
+    const int64 first = first_element(p, block);
+    for (unsigned i = threadIdx.x * QUAD; i < width * height * CHANNELS; i += THREADS * QUAD) {
+      float sums[QUAD];
+      read<QUAD>(window + i, sums);
+      bool any = false;
 #pragma unroll
-    for (int k = 0; k < QUAD; ++k) any = any || sums[k] != 0;
-    if (!any) continue;  // among them all that lie outside the map
-    const int at = i / CHANNELS;
-    const int column = origin.x + at % windows[level][0], row = origin.y + at / windows[level][0];
-    const int64 pixel = static_cast<int64>(row) * p.shapes[level][1] + column;
-    add_shared_by_blocks<QUAD>(p.grad_value, base + pixel * stride + i % CHANNELS, sums, scale);
-  }
-}
-#endif
-
-// Gradients of offsets or locations: one sample a thread.
-__device__ inline void write_samples(const Problem& p, const Block& block, const Shared& s) {
-  for (int i = threadIdx.x; i < QUERIES * SAMPLES; i += THREADS) {
-    const int64 query = block.query(p, i / SAMPLES);
-    if (query < 0) continue;
-    int width, height;
-    valid_size(p, block.image, i % SAMPLES / POINTS, width, height);
-    float grad[2] = {s.shift[i].x, s.shift[i].y};
-#if FUSED
-    const float* reference = p.reference + query * REFERENCE_SIZE;
-    grad[0] *= offset_scale(reference, 0, width);
-    grad[1] *= offset_scale(reference, 1, height);
-#else
-    grad[0] *= width;
-    grad[1] *= height;
-    narrow(s.weight[i], p.grad_weights[(query * p.heads + block.head) * SAMPLES + i % SAMPLES]);
-#endif
-    store<2>(p.grad_samples + 2 * ((query * p.heads + block.head) * SAMPLES + i % SAMPLES), grad);
-  }
-}
-
-#if FUSED
-// Gradients of the logits and of the reference: one query a thread, in a fixed order.
-__device__ inline void write_queries(const Problem& p, const Block& block, const Shared& s) {
-  for (int i = threadIdx.x; i < QUERIES; i += THREADS) {
-    const int64 query = block.query(p, i);
-    if (query < 0) continue;
-    const int64 row = query * p.heads + block.head;
-    float mean = 0;
-    for (int n = i * SAMPLES; n < (i + 1) * SAMPLES; ++n) mean += s.records[n].weight * s.weight[n];
-    for (int n = 0; n < SAMPLES; ++n) {
-      const int at = i * SAMPLES + n;
-      narrow(s.records[at].weight * (s.weight[at] - mean), p.grad_weights[row * SAMPLES + n]);
+      for (int k = 0; k < QUAD; ++k) any = any || sums[k] != 0;
+      if (!any) continue;  // among them all that lie outside the map
+      const int column = origin.x + static_cast<int>(i / CHANNELS % width), row = origin.y + static_cast<int>(i / CHANNELS / width);
+      const int64 pixel = start + row * columns + column;
+      add_shared_by_blocks<QUAD>(p.grad_value, first + pixel * p.heads * CHANNELS + i % CHANNELS, sums, scale);
     }
+    flush<level + 1>(p, block, s, scale);
+  }
+}
+#endif
+
+// From the dot products to the gradients of weights and locations; one sample a thread.
+__device__ inline void write_samples(const Problem& p, const Block& block, const Shared& s) {
+  for (unsigned i = threadIdx.x; i < QUERIES * SAMPLES; i += THREADS) {
+    const int query = block.query(p, i / SAMPLES);
+    if (query < 0) continue;
+    float dots[4];
+    read<4>(s.dots + 4 * i, dots);
+    const float x = s.parts[3 * i], y = s.parts[3 * i + 1], attention = s.parts[3 * i + 2];
+    const float upper = (1 - x) * dots[0] + x * dots[1], lower = (1 - x) * dots[2] + x * dots[3];
+    const float weight = (1 - y) * upper + y * lower;
+    const float gradients[4] = {
+        weight, attention * ((1 - y) * (dots[1] - dots[0]) + y * (dots[3] - dots[2])), attention * (lower - upper), 0};
+    float reference[REFERENCE_SIZE];
+    load_reference(p, query, reference);
+    const float2 scale = offset_scale(reference, s.levels[i % SAMPLES / POINTS]);
+    const float grad[2] = {gradients[1] * scale.x, gradients[2] * scale.y};
+    const int64 at = block.row(p, query, SAMPLES) + i % SAMPLES;
+    store<2>(p.grad_samples + 2 * at, grad);
+#if FUSED
+    store<4>(s.dots + 4 * i, gradients);
+    s.column[i / SAMPLES * (SAMPLES | 1) + i % SAMPLES] = attention * weight;
+#else
+    narrow(weight, p.grad_weights[at]);
+#endif
+  }
+}
+
+#if FUSED
+// The mean gradient that the softmax takes off, and the gradient of the reference: one query a thread, in a fixed order.
+__device__ inline void write_queries(const Problem& p, const Block& block, const Shared& s) {
+  for (unsigned i = threadIdx.x; i < QUERIES; i += THREADS) {
+    const int query = block.query(p, i);
+    if (query < 0) continue;
+    float mean = 0;
+    for (int n = 0; n < SAMPLES; ++n) mean += s.column[i * (SAMPLES | 1) + n];
+    s.terms[i].x = mean;
     if (!p.grad_reference) continue;
     float grad[REFERENCE_SIZE] = {};
+#pragma unroll 1
     for (int n = 0; n < SAMPLES; ++n) {
-      int width, height;
-      valid_size(p, block.image, n / POINTS, width, height);
-      const float2 shift = s.shift[i * SAMPLES + n];
-      const float x = shift.x * width, y = shift.y * height;
+      const Level level = s.levels[n / POINTS];
+      const float x = s.dots[4 * (i * SAMPLES + n) + 1] * level.width, y = s.dots[4 * (i * SAMPLES + n) + 2] * level.height;
       grad[0] += x;
       grad[1] += y;
       if (REFERENCE_SIZE == 4) {
         float offset[2];
-        load<2>(p.samples + 2 * (row * SAMPLES + n), offset);
+        load<2>(p.samples + 2 * (block.row(p, query, SAMPLES) + n), offset);
         // An infinite offset of a sample without taps must not turn into NaN.
         if (x != 0) grad[REFERENCE_SIZE - 2] += x * offset[0] * (0.5f / POINTS);
         if (y != 0) grad[REFERENCE_SIZE - 1] += y * offset[1] * (0.5f / POINTS);
       }
     }
-    for (int k = 0; k < REFERENCE_SIZE; ++k) p.grad_reference[row * REFERENCE_SIZE + k] = grad[k];
+    for (int k = 0; k < REFERENCE_SIZE; ++k) p.grad_reference[block.row(p, query, REFERENCE_SIZE) + k] = grad[k];
+  }
+}
+
+__device__ inline void write_logits(const Problem& p, const Block& block, const Shared& s) {
+  for (unsigned i = threadIdx.x; i < QUERIES * SAMPLES; i += THREADS) {
+    const int query = block.query(p, i / SAMPLES);
+    if (query < 0) continue;
+    const float grad = s.parts[3 * i + 2] * (s.dots[4 * i] - s.terms[i / SAMPLES].x);
+    narrow(grad, p.grad_weights[block.row(p, query, SAMPLES) + i % SAMPLES]);
   }
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) ms_deform_attn_backward(const __grid_constant__ Problem p) {
+// Memory of one sample (pixels, dots, taps, parts) is written and read by the same thread except between the barriers
+// around gather and scatter, so that no other barriers are needed for it.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ms_deform_attn_backward(const __grid_constant__ Problem p) {
   SHARED_MEMORY(memory);
   const Shared s(memory);
-  const Block block(p);
+  Block block(p);
   const float scale = DETERMINISTIC ? *p.scale : 1.0f;
-  softmax_of_block(p, block, s.terms);
-  locate_all(p, block, s);
+  describe_levels(p, block, s.levels);
 #if TILED
-  int size = 0;
-  for (int level = 0; level < LEVELS; ++level) size += windows[level][0] * windows[level][1] * CHANNELS;
-  for (int i = threadIdx.x; i < size; i += THREADS) s.window[i] = 0;
+  for (int i = threadIdx.x; i < Shared::first_in_window(LEVELS); i += THREADS) s.window[i] = 0;
 #endif
-  __syncthreads();
-  gather(p, block, s, scale);
+#pragma unroll 1
+  for (; block.pass < PASSES; ++block.pass) {
+    softmax_of_block(p, block, s.column, s.terms);
+    locate_all(p, block, s);
 #if TILED
-  float* window = s.window;
-  for (int level = 0; level < LEVELS; ++level) {
-    if (level % (THREADS / 32) == threadIdx.x / 32) scatter_level(p, block, s, level, window, scale);
-    window += windows[level][0] * windows[level][1] * CHANNELS;
-  }
+    if (block.pass == 0) {
+      __syncthreads();
+      for (int level = threadIdx.x / 32; level < LEVELS; level += WARPS) lay_window(s, level);
+      __syncthreads();
+    }
+    aim_all(s);
 #endif
-  __syncthreads();
+    __syncthreads();
+    gather(p, block, s, scale);
 #if TILED
-  window = s.window;
-  for (int level = 0; level < LEVELS; ++level) {
-    flush_level(p, block, s, level, window, scale);
-    window += windows[level][0] * windows[level][1] * CHANNELS;
-  }
+    float* window = s.window;
+    for (int level = 0; level < LEVELS; ++level) {
+      if (level % WARPS == threadIdx.x / 32) scatter_level(p, block, s, level, window, scale);
+      window += WINDOW[level][0] * WINDOW[level][1] * CHANNELS;
+    }
 #endif
-  write_samples(p, block, s);
+    __syncthreads();
+    write_samples(p, block, s);
 #if FUSED
-  write_queries(p, block, s);
+    __syncthreads();
+    write_queries(p, block, s);
+    __syncthreads();
+    write_logits(p, block, s);
+#endif
+  }
+#if TILED
+  flush<0>(p, block, s, scale);
 #endif
 }

@@ -2,8 +2,8 @@
 // needs nothing but itself; where there is no CUDA compiler, the including program brings an emulation of the rest.
 //
 // Set when compiled: VALUE_TYPE and SAMPLE_TYPE (0 float32, 1 bfloat16, 2 float16), CHANNELS, LEVELS, POINTS, FUSED,
-// REFERENCE_SIZE (2 points, 4 boxes), TILED, TILE_WIDTH, TILE_HEIGHT, THREADS, and for the backward DETERMINISTIC and,
-// if TILED, WINDOWS.
+// REFERENCE_SIZE (2 points, 4 boxes), TILED, TILE_WIDTH, TILE_HEIGHT, PASSES, THREADS, and for the backward DETERMINISTIC
+// and, if TILED, WINDOWS.
 #pragma once
 
 typedef long long int64;
@@ -64,6 +64,16 @@ template <int count, class T> __device__ inline void load(const T* from, float* 
   typedef typename Wide<sizeof(T) * count>::t wide_t;
   Pack<T, count> pack;
   pack.wide = __ldg(reinterpret_cast<const wide_t*>(from));
+#pragma unroll
+  for (int i = 0; i < count; ++i) to[i] = widen(pack.items[i]);
+}
+// The same at a row of a tensor whose rows are stride bytes apart; zeros if row is negative.
+template <int count, class T> __device__ inline void load_row(const T* first, int row, unsigned stride, float* to) {
+  typedef typename Wide<sizeof(T) * count>::t wide_t;
+  Pack<T, count> pack;
+  pack.wide = wide_t{};
+  const char* from = reinterpret_cast<const char*>(first) + static_cast<uint64>(static_cast<unsigned>(row)) * stride;
+  if (row >= 0) pack.wide = __ldg(reinterpret_cast<const wide_t*>(from));
 #pragma unroll
   for (int i = 0; i < count; ++i) to[i] = widen(pack.items[i]);
 }

@@ -4,7 +4,7 @@
 #include "device.cuh"
 
 constexpr int SAMPLES = LEVELS * POINTS;
-constexpr int QUERIES = TILE_WIDTH * TILE_HEIGHT;  // of one block, all of one image and head
+constexpr int QUERIES = TILE_WIDTH * TILE_HEIGHT / PASSES;  // that a block has at a time, all of one image and head
 
 // How a row of the value is read: VECTORS accesses of VECTOR channels by LANES neighbouring lanes, a power of two.
 __device__ constexpr int largest_divisor(int count) { return CHANNELS % count == 0 ? count : largest_divisor(count / 2); }
@@ -35,11 +35,16 @@ struct Problem {
   int shapes[LEVELS][4];       // h, w, first pixel, first tile
 };
 
+// A level as a block needs it: size of the region that is not padding, pixels of a row, first pixel of the image's.
+struct alignas(16) Level {
+  int width, height, columns, start;
+};
+
 struct Block {
-  int64 image;
-  int head;
-  int64 first;                 // first query, or first query of the tile's level
+  int image, head;
+  int first;                   // first query, or first query of the tile's level
   int left, top, width, height;
+  int pass = 0;                // a tile's rows are dealt out to the passes in turn
 
   // Blocks are ordered by image, tile, head.
   __device__ explicit Block(const Problem& p) {
@@ -58,93 +63,105 @@ struct Block {
     left = inner % columns * TILE_WIDTH;
     top = inner / columns * TILE_HEIGHT;
 #else
-    first = static_cast<int64>(tile) * QUERIES;
+    first = tile * QUERIES;
 #endif
   }
 
-  // Index over the batch of the block's query i, or -1 if there is none.
-  __device__ int64 query(const Problem& p, int i) const {
+  // Index over the batch of the block's query i, or -1 if there is none. B * Q * H is less than 2^31.
+  __device__ int query(const Problem& p, unsigned i) const {
+    const int queries = static_cast<int>(p.queries);
 #if TILED
-    const int x = left + i % TILE_WIDTH, y = top + i / TILE_WIDTH;
-    return x < width && y < height ? image * p.queries + first + static_cast<int64>(y) * width + x : -1;
+    const int x = left + i % TILE_WIDTH, y = top + i / TILE_WIDTH * PASSES + pass;
+    return x < width && y < height ? image * queries + first + y * width + x : -1;
 #else
-    return first + i < p.queries ? image * p.queries + first + i : -1;
+    const int index = first + static_cast<int>(i);
+    return index >= 0 && index < queries ? image * queries + index : -1;
 #endif
+  }
+
+  // Where the row of a query begins that has size elements a head.
+  __device__ int64 row(const Problem& p, int query, int size) const {
+    return static_cast<int64>(query * p.heads + head) * size;
   }
 };
 
+// Writes the table of levels; its readers wait for a barrier.
+__device__ inline void describe_levels(const Problem& p, const Block& block, Level* levels) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < LEVELS; i += THREADS) {
+    int height = p.shapes[i][0], width = p.shapes[i][1];
+#if FUSED
+    const int64* valid = p.valid + 2 * (static_cast<int64>(block.image) * LEVELS + i);
+    height = static_cast<int>(max(int64(0), min(int64(height), valid[0])));
+    width = static_cast<int>(max(int64(0), min(int64(width), valid[1])));
+    if (height == 0 || width == 0) height = width = 0;
+#endif
+    levels[i] = {width, height, p.shapes[i][1], p.shapes[i][2]};
+  }
+}
+
 struct Place {
   float x, y;         // parts of a pixel right of and below the tap at (column, row)
-  int column, row;
-  int width, height;  // of the valid region; zero if the sample has no tap at all
+  int column, row;    // column -2: a sample without taps
 
-  __device__ bool has(int tap) const {
+  __device__ bool has(int tap, const Level& level) const {
     const int c = column + (tap & 1), r = row + (tap >> 1);
-    return c >= 0 && c < width && r >= 0 && r < height;
+    return column >= -1 && c >= 0 && c < level.width && r >= 0 && r < level.height;
+  }
+  __device__ int pixel(int tap, const Level& level) const {
+    return level.start + (row + (tap >> 1)) * level.columns + column + (tap & 1);
   }
   __device__ float factor_x(int tap) const { return tap & 1 ? x : 1 - x; }
   __device__ float factor_y(int tap) const { return tap >> 1 ? y : 1 - y; }
 };
 
-__device__ inline void valid_size(const Problem& p, int64 image, int level, int& width, int& height) {
-  height = p.shapes[level][0];
-  width = p.shapes[level][1];
+// The factors from offsets to pixels; for points, offsets are in pixels.
+__device__ inline float2 offset_scale(const float* reference, const Level& level) {
+  if (!FUSED) return make_float2(level.width, level.height);
+  if (REFERENCE_SIZE == 2) return make_float2(1, 1);
+  return make_float2(reference[REFERENCE_SIZE - 2] * (0.5f / POINTS) * level.width,
+                     reference[REFERENCE_SIZE - 1] * (0.5f / POINTS) * level.height);
+}
+
+__device__ inline void load_reference(const Problem& p, int query, float* reference) {
 #if FUSED
-  const int64* valid = p.valid + 2 * (image * LEVELS + level);
-  height = static_cast<int>(max(int64(0), min(int64(height), valid[0])));
-  width = static_cast<int>(max(int64(0), min(int64(width), valid[1])));
+  load<REFERENCE_SIZE>(p.reference + static_cast<int64>(query) * REFERENCE_SIZE, reference);
 #endif
 }
 
-// Splits pixel coordinates; a sample that is NaN, infinite or far away has no taps.
-__device__ inline Place place_at(float x, float y, int width, int height) {
-  const bool inside = x >= -1 && x < width && y >= -1 && y < height && width > 0 && height > 0;
-  Place place;
-  const float column = inside ? floorf(x) : 0.0f, row = inside ? floorf(y) : 0.0f;
-  place.x = inside ? x - column : 0.0f;
-  place.y = inside ? y - row : 0.0f;
-  place.column = static_cast<int>(column);
-  place.row = static_cast<int>(row);
-  place.width = inside ? width : 0;
-  place.height = inside ? height : 0;
-  return place;
+// Where a sample lies, given its offset or its location. One that is NaN, infinite or far away has no taps.
+__device__ inline Place locate(const Problem& p, int query, const Level& level, float a, float b) {
+  float reference[REFERENCE_SIZE] = {};
+  load_reference(p, query, reference);
+  const float2 scale = offset_scale(reference, level);
+  const float x = reference[0] * level.width + a * scale.x - 0.5f, y = reference[1] * level.height + b * scale.y - 0.5f;
+  const bool inside = x >= -1 && x < level.width && y >= -1 && y < level.height && level.width > 0;
+  const float column = floorf(x), row = floorf(y);
+  if (!inside) return {0, 0, -2, 0};
+  return {x - column, y - row, static_cast<int>(column), static_cast<int>(row)};
 }
 
-// The factor from an offset to pixels; for points, offsets are in pixels.
-__device__ inline float offset_scale(const float* reference, int axis, int size) {
-  return REFERENCE_SIZE == 4 ? __ldg(reference + 2 + axis) * (0.5f / POINTS) * size : 1.0f;
-}
-
-__device__ inline Place locate(const Problem& p, int64 image, int64 query, int level, float a, float b) {
-  int width, height;
-  valid_size(p, image, level, width, height);
+// Leaves x and y for each of the block's queries such that an attention weight is exp(logit - x) * y. Memory for logits
+// takes SAMPLES rounded up to an odd number a query, so that threads that read down the columns use different banks.
+// Ends with a barrier; without a softmax it is just that.
+__device__ inline void softmax_of_block(const Problem& p, const Block& block, float* logits, float2* terms) {
 #if FUSED
-  const float* reference = p.reference + query * REFERENCE_SIZE;
-  const float x = __ldg(reference) * width + a * offset_scale(reference, 0, width) - 0.5f;
-  const float y = __ldg(reference + 1) * height + b * offset_scale(reference, 1, height) - 0.5f;
-#else
-  const float x = a * width - 0.5f, y = b * height - 0.5f;
-#endif
-  return place_at(x, y, width, height);
-}
-
-// The attention weight is exp(logit - x) * y.
-__device__ inline float2 softmax_terms(const sample_t* logits) {
-  float highest = widen(logits[0]), total = 0;
-  for (int n = 1; n < SAMPLES; ++n) highest = fmaxf(highest, widen(logits[n]));
-  for (int n = 0; n < SAMPLES; ++n) total += __expf(widen(logits[n]) - highest);
-  return make_float2(highest, 1 / total);
-}
-
-// Leaves the terms of the softmax of each of the block's queries in shared memory.
-__device__ inline void softmax_of_block(const Problem& p, const Block& block, float2* terms) {
-#if FUSED
-  for (int i = threadIdx.x; i < QUERIES; i += THREADS) {
-    const int64 query = block.query(p, i);
-    if (query >= 0) terms[i] = softmax_terms(p.weights + (query * p.heads + block.head) * SAMPLES);
+  constexpr int pitch = SAMPLES | 1;
+  for (unsigned i = threadIdx.x; i < QUERIES * SAMPLES; i += THREADS) {
+    const int query = block.query(p, i / SAMPLES);
+    const float logit = query < 0 ? 0.0f : widen(p.weights[block.row(p, query, SAMPLES) + i % SAMPLES]);
+    logits[i / SAMPLES * pitch + i % SAMPLES] = logit;
   }
   __syncthreads();
+  for (unsigned i = threadIdx.x; i < QUERIES; i += THREADS) {
+    const float* row = logits + i * pitch;
+    float highest = row[0], total = 0;
+    for (int n = 1; n < SAMPLES; ++n) highest = fmaxf(highest, row[n]);
+    for (int n = 0; n < SAMPLES; ++n) total += __expf(row[n] - highest);
+    terms[i] = make_float2(highest, __fdividef(1.0f, total));
+  }
 #endif
+  __syncthreads();
 }
 
 __device__ inline float weight_of(const Problem& p, int64 at, float2 terms) {
