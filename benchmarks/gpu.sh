@@ -14,7 +14,20 @@ status=0
 name=$("$python" -c 'import torch; print("-".join(torch.cuda.get_device_name().lower().split()[:3]))')
 date=$(date -u +%Y-%m-%d)
 
-timeout 180 "$python" -m pytest -q -m gpu tests > "$results/gpu-tests-$name-$date.txt" 2>&1 || status=1
+# run SECONDS COMMAND...: one part, given up when its time is over
+run() {
+    limit=$1
+    shift
+    echo "== $*"
+    timeout "$limit" "$python" "$@" || status=1
+}
+
+timeout 150 "$python" -m pytest -q -m gpu tests > "$results/gpu-tests-$name-$date.txt" 2>&1 || status=1
 tail -n 3 "$results/gpu-tests-$name-$date.txt"
-timeout 280 "$python" -m benchmarks.ms_deform_attn --device cuda --dtype float32 bfloat16 --rounds 20 ${PEER:+--peer "$PEER"} || status=1
+run 200 -m benchmarks.ms_deform_attn --device cuda --dtype float32 bfloat16 --rounds 20 ${PEER:+--peer "$PEER"}
+run 30 -m benchmarks.inference --device cuda --rounds 10 --save "inference-dino-r50-$name"
+run 30 -m benchmarks.inference --device cuda --rounds 10 --autocast bfloat16 --save "inference-dino-r50-bf16-$name"
+run 60 -m benchmarks.inference --device cuda --rounds 5 --cfg configs/align_dino.yaml --train --batch 2 \
+    model.backbone.pretrained=false model.backbone.norm=batch model.backbone.frozen_stages=0 \
+    --autocast bfloat16 --save "step-align-dino-bf16-$name"
 exit $status

@@ -3,7 +3,7 @@
     python -m benchmarks.inference                                    # DINO R50 on one image of 800 x 1333, inference
     python -m benchmarks.inference --cfg configs/quickstart.yaml --train --size 192 192 --batch 4
 
-The backends take turns in one run; a time is the best of the rounds. Results go to benchmarks/results/.
+The backends take turns in one run; a time is the best of the rounds. On a GPU the peak of the memory is kept as well.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make_call(arguments: argparse.Namespace) -> Callable[[], object]:
         backbone = BackboneConfig(pretrained=False, norm="batch", frozen_stages=0)
         model_config, criterion = DINOConfig(backbone=backbone), None
     else:
-        cfg = config.load(arguments.cfg)
+        cfg = config.load(arguments.cfg, arguments.overrides)
         model_config, criterion = cfg.model, cfg.criterion
     model = model_config.build(num_classes=80).to(arguments.device)
     batch = make_batch(tuple(arguments.size), arguments.batch, arguments.device)
@@ -59,9 +59,11 @@ def make_call(arguments: argparse.Namespace) -> Callable[[], object]:
     return step
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
+def seconds(call: Callable[[], object], device: str, dtype: torch.dtype | None) -> float:
+    """Of one call, in automatic mixed precision if there is a dtype."""
     began = time.perf_counter()
-    call()
+    with torch.autocast(device, dtype, enabled=dtype is not None):
+        call()
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
@@ -71,27 +73,36 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", help="YAML file; without it, DINO with ResNet-50 as published")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the YAML file")
     parser.add_argument("--train", action="store_true", help="forward, criterion and backward instead of inference")
     parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="automatic mixed precision")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     call = make_call(arguments)
     names = [n for n in ("reference", arguments.device) if available_backends()[n] is None]
+    dtype = None if arguments.autocast is None else getattr(torch, arguments.autocast)
     times: dict[str, list[float]] = {name: [] for name in names}
+    peaks: dict[str, float] = {}
     for round_ in range(arguments.rounds + 1):
         for name in names:
             set_default_backend(name)
-            taken = seconds(call, arguments.device)
+            if arguments.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            taken = seconds(call, arguments.device, dtype)
             if round_:  # the first warms up
                 times[name].append(taken)
+            if arguments.device == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
     best = {name: min(values) for name, values in times.items()}
-    result = {**machine(arguments.device), "arguments": vars(arguments), "seconds": best}
+    result = {**machine(arguments.device), "arguments": vars(arguments), "seconds": best, "peak_gib": peaks}
     for name, value in best.items():
-        print(f"{name:10} {value:8.3f} s  {best['reference'] / value:5.2f}x")
+        memory = f"  {peaks[name]:6.2f} GiB" if peaks else ""
+        print(f"{name:10} {value:8.3f} s  {best['reference'] / value:5.2f}x{memory}")
     if arguments.save:
         (RESULTS / f"{arguments.save}.json").write_text(json.dumps(result, indent=1) + "\n")
 

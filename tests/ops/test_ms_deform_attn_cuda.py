@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from ops.ms_deform_attn import available_backends, cuda
 from ops.ms_deform_attn.cuda_plan import Plan, Signature, backward_plan, forward_plan
+from ops.native import compile_shared, compiler_command
+
+HERE = Path(__file__).parent
 
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 103, 120)
 SHARED_BYTES = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
@@ -83,6 +90,21 @@ def test_limits_of_the_kernels() -> None:
     assert not cuda.supports(torch.empty(1, 40000, 2, 32, device="meta"), [1, 40000], samples)
     assert not cuda.supports(value, [3, 4], torch.empty(1, 5, 2, 1, 513, 2))
     assert not cuda.supports(torch.empty(1, 12, 2, 1025), [3, 4], samples)
+
+
+@pytest.mark.skipif(not has_nvrtc() or available_backends()["cpu"] is not None, reason="no NVRTC or no C++ compiler")
+def test_launch_reaches_the_driver_as_meant(tmp_path: Path) -> None:
+    """Through the real cuda.bindings to a library in the place of the driver."""
+    plan = backward_plan(Signature(0, 0, 32, 4, 4, 2, True), 227 * 1024, False)
+    cuda._cached_kernel(plan, 90)  # NVRTC asks the driver for more than the library has
+    compile_shared(
+        compiler_command(), ("-fPIC", "-shared", "-ldl"), HERE / "recording_driver.cpp", tmp_path / "libcuda.so.1"
+    )
+    script = HERE / "launch_on_recording_driver.py"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(HERE.parents[1])}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "CUDA_ERROR_INVALID_VALUE (1)\n"
 
 
 def test_a_machine_without_a_gpu_says_so() -> None:
