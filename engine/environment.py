@@ -19,7 +19,7 @@ from engine import distributed
 PACKAGES = (
     "torch", "torchvision", "timm", "huggingface_hub", "numpy", "scipy", "pycocotools", "hotcoco", "pillow",
 )  # fmt: skip
-LAUNCH = ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
+TORCHRUN_VARIABLES = ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
           "TORCHELASTIC_MAX_RESTARTS", "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
 """What torchrun tells its processes; its own command line it does not."""
 
@@ -38,7 +38,7 @@ def describe_environment(seed: int, device: torch.device) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "processes": distributed.world_size(),
-        "launch": {name: os.environ[name] for name in LAUNCH if name in os.environ},
+        "launch": {name: os.environ[name] for name in TORCHRUN_VARIABLES if name in os.environ},
         "devices": sorted(set(distributed.gather(_device_name(device)))),
         "threads": torch.get_num_threads(),
     }

@@ -17,7 +17,7 @@ from engine.whole_files import UNFINISHED, replacing
 log = logging.getLogger(__name__)
 
 CONFIG, METRICS, LOG, ENVIRONMENT, LOCK = "config.yaml", "metrics.jsonl", "log.txt", "environment.jsonl", ".lock"
-LAUNCH = ".launch"
+LAUNCH_FILE = ".launch"
 CURVES, PREDICTIONS = "curves.png", "predictions.png"
 DETECTIONS = "detections.npz"
 
@@ -79,7 +79,7 @@ class RunDirectory:
             os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
             for leftover in self.path.glob(UNFINISHED):
                 leftover.unlink()
-            (self.path / LAUNCH).write_text(json.dumps(list(launchers)), encoding="utf-8")
+            (self.path / LAUNCH_FILE).write_text(json.dumps(list(launchers)), encoding="utf-8")
         except OSError as error:
             raise ValueError(f"output_dir={self.path} cannot be written: {error.strerror}") from error
 
@@ -91,7 +91,7 @@ class RunDirectory:
 def launched_by(path: Path, launchers: Sequence[str]) -> bool:
     """Whether the directory was last claimed by processes of one of these launchers (``distributed.launcher``)."""
     try:
-        recorded = json.loads((path / LAUNCH).read_text(encoding="utf-8"))
+        recorded = json.loads((path / LAUNCH_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(recorded, list) and not set(launchers).isdisjoint(recorded)

@@ -42,14 +42,15 @@ def seconds_left(
     Returns:
         Seconds; None as long as nothing has been logged, or a length is unknown.
     """
+    logged = [run for run in all_runs if run.train]
+    seconds = sum(run.seconds for run in logged)
     total = 0.0
     for run, length in remaining:
         if length is None:
             return None
-        logged = [other for other in all_runs if other.train]
         amount = sum(other.train[-1][length.unit] for other in logged)
         if amount <= 0:
             return None
         done = run.train[-1][length.unit] if run.train else 0
-        total += max(0.0, length.amount - done) * sum(other.seconds for other in logged) / amount
+        total += max(0.0, length.amount - done) * seconds / amount
     return total / max(1, min(side_by_side, len(remaining)))
