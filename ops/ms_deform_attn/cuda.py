@@ -127,7 +127,12 @@ def compile_kernel(plan: Plan, architecture: int) -> tuple[bytes, str]:
     return binary, report
 
 
-def _cached_kernel(plan: Plan, architecture: int) -> bytes:
+def cached_kernel(plan: Plan, architecture: int) -> bytes:
+    """The binary of a kernel, compiled unless it has been before.
+
+    Raises:
+        BackendUnavailableError: as ``compile_kernel``.
+    """
     sources = b"".join((SOURCES / name).read_bytes() for name in (*HEADERS, plan.source))
     key = key_of(sources, SHARED_MEMORY, nvrtc_version(), str(architecture), *(f"{k}={v}" for k, v in plan.macros))
     name = f"ms_deform_attn-{Path(plan.source).stem}-sm{architecture}-{key}.cubin"
@@ -153,7 +158,7 @@ def _function(plan: Plan, device: int) -> Any:
     """The kernel loaded into the device's primary context, which PyTorch uses."""
     _, driver = _bindings()
     major, minor = torch.cuda.get_device_capability(device)
-    binary = _cached_kernel(plan, 10 * major + minor)
+    binary = cached_kernel(plan, 10 * major + minor)
     with torch.cuda.device(device):
         _checked(driver.cuCtxSetCurrent(_context(device)))
         module = _checked(driver.cuModuleLoadData(binary))

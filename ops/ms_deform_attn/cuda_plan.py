@@ -16,7 +16,8 @@ MAX_SIDE = 32767
 MAX_SAMPLES = 512
 """L*P: those of one query must fit into shared memory, with every architecture's 48 KiB."""
 MAX_CHANNELS = 1024
-TILES = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))
+Tiles = tuple[tuple[int, int], ...]
+TILES: Tiles = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))
 """Width and height in queries of a block's tile, largest first."""
 HALOS = (4, 3, 2)
 """Pixels around a tile's own that its window takes up, as many as there is room for."""
@@ -24,6 +25,8 @@ FORWARD_THREADS = 256
 PASS_QUERIES = 32
 """So many queries of a tile the backward holds in shared memory at a time."""
 PLAIN_SHARED_BYTES = 48 * 1024
+RESERVED_SHARED_BYTES = 1024
+"""Of each block, for the system."""
 
 POINTERS = (
     *("value", "valid", "reference", "samples", "weights", "output"),
@@ -57,36 +60,50 @@ class Plan(NamedTuple):
 
 
 @functools.cache
-def forward_plan(signature: Signature) -> Plan:
-    """The forward: the largest tile whose samples fit into the shared memory that every architecture has."""
+def forward_plan(signature: Signature, tiles: Tiles | None = None, threads: int = FORWARD_THREADS) -> Plan:
+    """The forward: the first tile whose samples fit into the shared memory that every architecture has, or the last."""
     samples = signature.levels * signature.points
-    for width, height in TILES if signature.tiled else TILES[1:]:
+    for width, height in tiles or (TILES if signature.tiled else TILES[1:]):
         shared = width * height * (samples * 32 + 8) + signature.levels * 16
         if shared <= PLAIN_SHARED_BYTES:
             break
-    return _plan("forward.cu", signature, (width, height), signature.tiled, FORWARD_THREADS, shared, ())
+    return _plan("forward.cu", signature, (width, height), 1, signature.tiled, threads, shared, ())
 
 
 @functools.cache
-def backward_plan(signature: Signature, shared_limit: int, deterministic: bool) -> Plan:
-    """The backward: with windows if they fit into ``shared_limit`` bytes of shared memory, if possible twice."""
+def backward_plan(
+    signature: Signature,
+    shared_limit: int,
+    deterministic: bool,
+    tiles: Tiles | None = None,
+    halos: tuple[int, ...] = HALOS,
+    pass_queries: int = PASS_QUERIES,
+    warps: int | None = None,
+) -> Plan:
+    """The backward: with windows if they fit into ``shared_limit`` bytes of shared memory, if possible twice.
+
+    At most ``pass_queries`` of a tile are held in shared memory at a time.
+    """
     extra = (("DETERMINISTIC", str(int(deterministic))),)
-    threads = 32 * min(max(signature.levels, 4), 8)  # a warp for each window
     if signature.tiled:
-        for limit in (shared_limit // 2, shared_limit):
-            for tile, halo in itertools.product(TILES[:3], HALOS):
+        # A warp for each window, and as many that gather.
+        threads = 32 * (warps or 2 * min(max(signature.levels, 2), 8))
+        for limit in (shared_limit // 2 - RESERVED_SHARED_BYTES, shared_limit):
+            for tile, halo in itertools.product(tiles or TILES[:3], halos):
+                passes = _passes(tile, pass_queries)
                 windows = _windows(signature.levels, tile, halo)
                 floats = sum(w * h for w, h in windows) * signature.channels
-                shared = _backward_bytes(signature, tile, True) + (floats + 3) // 4 * 16
+                shared = _backward_bytes(signature, tile, passes, True) + (floats + 3) // 4 * 16
                 if shared <= limit:
                     text = "{" + ",".join(f"{{{w},{h}}}" for w, h in windows) + "}"
-                    macros = (*extra, ("WINDOWS", text))
-                    return _plan("backward.cu", signature, tile, True, threads, shared, macros)
-    for tile in TILES[1:]:
-        shared = _backward_bytes(signature, tile, False)
+                    return _plan(
+                        "backward.cu", signature, tile, passes, True, threads, shared, (*extra, ("WINDOWS", text))
+                    )
+    for tile in tiles or TILES[1:]:
+        shared = _backward_bytes(signature, tile, 1, False)
         if shared <= PLAIN_SHARED_BYTES:
             break
-    return _plan("backward.cu", signature, tile, False, threads, shared, extra)
+    return _plan("backward.cu", signature, tile, 1, False, 32 * (warps or 4), shared, extra)
 
 
 def _windows(levels: int, tile: tuple[int, int], halo: int) -> list[tuple[int, int]]:
@@ -95,14 +112,18 @@ def _windows(levels: int, tile: tuple[int, int], halo: int) -> list[tuple[int, i
     return [(-(-tile[0] // 2**level) + margin, -(-tile[1] // 2**level) + margin) for level in range(levels)]
 
 
-def _passes(tile: tuple[int, int]) -> int:
+def _passes(tile: tuple[int, int], pass_queries: int) -> int:
     """Passes of the backward over a tile, among which the tile's rows are dealt out."""
-    return max(1, tile[0] * tile[1] // PASS_QUERIES)
+    return next(
+        n
+        for n in range(1, tile[1] + 1)
+        if tile[1] % n == 0 and (tile[0] * tile[1] // n <= pass_queries or n == tile[1])
+    )
 
 
-def _backward_bytes(signature: Signature, tile: tuple[int, int], tiled: bool) -> int:
+def _backward_bytes(signature: Signature, tile: tuple[int, int], passes: int, tiled: bool) -> int:
     """Shared memory of the backward without windows: see ``struct Shared`` of csrc/backward.cu."""
-    queries, samples = tile[0] * tile[1] // _passes(tile), signature.levels * signature.points
+    queries, samples = tile[0] * tile[1] // passes, signature.levels * signature.points
     query = (signature.channels + 3) // 4 * 16 + 8 + 4 * (samples | 1)
     sample = 60 if tiled else 28
     return queries * (query + samples * sample) + signature.levels * 24
@@ -112,6 +133,7 @@ def _plan(
     source: str,
     signature: Signature,
     tile: tuple[int, int],
+    passes: int,
     tiled: bool,
     threads: int,
     shared: int,
@@ -128,7 +150,7 @@ def _plan(
         "TILED": int(tiled),
         "TILE_WIDTH": tile[0],
         "TILE_HEIGHT": tile[1],
-        "PASSES": _passes(tile) if source == "backward.cu" else 1,
+        "PASSES": passes,
         "THREADS": threads,
     }
     named = tuple((name, str(number)) for name, number in macros.items())

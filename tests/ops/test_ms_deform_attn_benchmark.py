@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import ms_deform_attn as benchmark
-from benchmarks import ms_deform_attn_cases
+from benchmarks import ms_deform_attn_cases, tune_ms_deform_attn
 from ops.ms_deform_attn import available_backends
 
 
@@ -40,3 +41,15 @@ def test_benchmark_at_a_small_size(
             assert row["forward_ratio"] == row["both_ratio"] == 1
         assert row["floor_share"] is None
     assert path.name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", tune_ms_deform_attn.CASES)
+def test_tuning_has_the_default_and_others_to_try(case: str) -> None:
+    limit = 227 * 1024
+    groups = tune_ms_deform_attn.all_variants(case, torch.bfloat16, limit)
+    for what, variants in groups.items():
+        plans = [variant.plan for variant in variants]
+        assert variants[0].name == "default"
+        assert len(set(plans)) == len(plans) >= 12
+        assert all(plan.shared_bytes <= limit for plan in plans)
+        assert all(plan.source == ("forward.cu" if what == "forward" else "backward.cu") for plan in plans)

@@ -96,7 +96,7 @@ def test_limits_of_the_kernels() -> None:
 def test_launch_reaches_the_driver_as_meant(tmp_path: Path) -> None:
     """Through the real cuda.bindings to a library in the place of the driver."""
     plan = backward_plan(Signature(0, 0, 32, 4, 4, 2, True), 227 * 1024, False)
-    cuda._cached_kernel(plan, 90)  # NVRTC asks the driver for more than the library has
+    cuda.cached_kernel(plan, 90)  # NVRTC asks the driver for more than the library has
     compile_shared(
         compiler_command(), ("-fPIC", "-shared", "-ldl"), HERE / "recording_driver.cpp", tmp_path / "libcuda.so.1"
     )

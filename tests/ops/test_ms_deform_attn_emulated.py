@@ -15,7 +15,7 @@ from torch import Tensor
 from ops.cache import cached_file, key_of
 from ops.ms_deform_attn import available_backends, cuda, fused_ms_deform_attn, ms_deform_attn
 from ops.ms_deform_attn.arguments import Arguments
-from ops.ms_deform_attn.cuda_plan import Plan
+from ops.ms_deform_attn.cuda_plan import Plan, Signature, backward_plan
 from ops.native import compile_shared, compiler_command
 
 HERE = Path(__file__).parent
@@ -119,12 +119,29 @@ def test_emulated_kernels_with_windows(dtype: torch.dtype, sample_dtype: torch.d
 
 @pytest.mark.parametrize(("levels", "P", "D"), [(5, 3, 4), (1, 1, 64), (2, 5, 6)])
 def test_emulated_kernels_with_windows_of_any_shape(levels: int, P: int, D: int, host: Plans) -> None:
-    """More windows than four warps have, an odd number of points, rows in several parts, rows in single floats."""
+    """Many windows or one, an odd number of points, rows in several parts, rows in pairs of floats."""
     shapes = [(9, 11), (5, 6), (3, 3), (2, 2), (1, 1)][:levels]
     case = make_pyramid(5, B=1, Q=sum(h * w for h, w in shapes), D=D, P=P, shapes=shapes)
     check_against_reference(case, torch.float32, torch.float32, fused=True)
     assert [plan.tiled for plan in host] == [True, True]
-    assert host[1].threads == max(128, 32 * levels)
+    assert host[1].threads == max(128, 64 * levels)
+
+
+@pytest.mark.parametrize(
+    ("tile", "halo", "queries", "warps"), [((16, 8), 2, 16, 4), ((16, 4), 3, 64, 12), ((4, 4), 4, 8, 8)]
+)
+def test_emulated_windows_of_other_plans(
+    tile: tuple[int, int], halo: int, queries: int, warps: int, host: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What benchmarks.tune_ms_deform_attn tries gives the same results."""
+
+    def plan(signature: Signature, limit: int, deterministic: bool) -> Plan:
+        return backward_plan(signature, limit, deterministic, (tile,), (halo,), queries, warps)
+
+    monkeypatch.setattr(cuda, "backward_plan", plan)
+    case = make_pyramid(8, B=1, Q=13 * 18 + 7 * 9, D=16, P=4, shapes=[(13, 18), (7, 9)])
+    check_against_reference(case, torch.float32, torch.float32, fused=True)
+    assert (host[1].tiled, host[1].tile, host[1].threads) == (True, tile, 32 * warps)
 
 
 def test_emulated_windows_lie_where_the_samples_are(host: Plans) -> None:

@@ -2,17 +2,20 @@
 //
 // grad_value is what costs: every tap adds a row to it. If queries are tiled, their taps fall close together, so the
 // block adds up in shared memory first, in one window a level that lies around the level's samples, and flushes the sums.
-// A window belongs to one warp, which goes through the samples in order. The four taps of a sample differ in the parity
-// of column and row, and each parity belongs to a quarter of the warp: a pixel is only ever added to by the same lanes, so
-// that there are neither races nor atomics, and the sums have a fixed order. Taps outside the window go to memory.
+// A window belongs to one warp, which goes through the samples in order, while other warps work out the dot products.
+// The four taps of a sample differ in the parity of column and row, and each parity belongs to a quarter of the warp: a
+// pixel is only ever added to by the same lanes, so that there are neither races nor atomics, and the sums have a fixed
+// order. Taps outside the window go to memory.
 
 #include "samples.cuh"
 
 constexpr int STEP = VECTOR < 4 ? VECTOR : 4;          // floats that are read or added at once
 constexpr int PITCH = (CHANNELS + 3) / 4 * 4;          // of the rows of the output's gradient
 constexpr int WARPS = THREADS / 32;
+// Warps that add to windows; the others gather.
+constexpr int ADDING = !TILED ? 0 : LEVELS < WARPS / 2 ? LEVELS : WARPS / 2;
 // Windows leave room for a few blocks only, each thread of which may then have more registers.
-constexpr int BLOCKS = (TILED ? 512 : 1024) / THREADS;
+constexpr int BLOCKS = !TILED ? 1024 / THREADS : THREADS < 512 ? 512 / THREADS : 1;
 
 #if TILED
 constexpr int QUAD = CHANNELS % 4 == 0 ? 4 : 1;        // the same where rows are all float32
@@ -131,14 +134,15 @@ __device__ inline void sum_over_lanes(float* x, unsigned lane, bool used, float*
   }
 }
 
-// Dot products of the taps' rows with the gradient of the output; without tiles, also adds to grad_value.
+// Dot products of the taps' rows with the gradient of the output; without tiles, also adds to grad_value. Run by the
+// warps that do not add to windows.
 __device__ inline void gather(const Problem& p, const Block& block, const Shared& s, float scale) {
-  constexpr unsigned count = QUERIES * SAMPLES, groups = THREADS / LANES;
+  constexpr unsigned count = QUERIES * SAMPLES, groups = (WARPS - ADDING) * 32 / LANES;
   const unsigned lane = threadIdx.x % LANES, stride = p.heads * CHANNELS * sizeof(value_t);
   const int64 first = first_element(p, block);
   // All lanes of a warp take part in the sums, whether there is a sample for them or not.
 #pragma unroll 2
-  for (unsigned i = threadIdx.x / LANES; i < (count + groups - 1) / groups * groups; i += groups) {
+  for (unsigned i = (threadIdx.x - ADDING * 32) / LANES; i < (count + groups - 1) / groups * groups; i += groups) {
     const bool used = i < count;
     const int4 pixel4 = used ? s.pixels[i] : make_int4(-1, -1, -1, -1);
     const int pixel[4] = {pixel4.x, pixel4.y, pixel4.z, pixel4.w};
@@ -366,6 +370,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ms_deform_attn_bac
   const Shared s(memory);
   Block block(p);
   const float scale = DETERMINISTIC ? *p.scale : 1.0f;
+  const int warp = threadIdx.x / 32;
   describe_levels(p, block, s.levels);
 #if TILED
   for (int i = threadIdx.x; i < Shared::first_in_window(LEVELS); i += THREADS) s.window[i] = 0;
@@ -377,17 +382,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ms_deform_attn_bac
 #if TILED
     if (block.pass == 0) {
       __syncthreads();
-      for (int level = threadIdx.x / 32; level < LEVELS; level += WARPS) lay_window(s, level);
+      for (int level = warp; level < LEVELS; level += WARPS) lay_window(s, level);
       __syncthreads();
     }
     aim_all(s);
 #endif
     __syncthreads();
-    gather(p, block, s, scale);
+    if (warp >= ADDING) gather(p, block, s, scale);
 #if TILED
     float* window = s.window;
     for (int level = 0; level < LEVELS; ++level) {
-      if (level % WARPS == threadIdx.x / 32) scatter_level(p, block, s, level, window, scale);
+      if (warp < ADDING && level % ADDING == warp) scatter_level(p, block, s, level, window, scale);
       window += WINDOW[level][0] * WINDOW[level][1] * CHANNELS;
     }
 #endif
