@@ -73,7 +73,10 @@ def backward_variants(signature: Signature, shared_limit: int, deterministic: bo
 
 def distinct(variants: Iterator[Variant]) -> list[Variant]:
     """Each plan once, under its first name."""
-    return list({variant.plan: variant for variant in reversed(list(variants))}.values())[::-1]
+    found: dict[Plan, Variant] = {}
+    for variant in variants:
+        found.setdefault(variant.plan, variant)
+    return list(found.values())
 
 
 def all_variants(case: str, dtype: torch.dtype, shared_limit: int) -> dict[str, list[Variant]]:
