@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -128,7 +128,7 @@ def measure(case: str, dtype: torch.dtype, rounds: int) -> list[dict[str, object
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a module's property
         with torch.set_grad_enabled(what != "forward"):
             expected = flat(call())
-            clocks: dict[str, Callable[[], float]] = {}
+            best: dict[str, float] = {}
             for name, plan in variants:
                 use(what, plan)
                 try:
@@ -136,10 +136,10 @@ def measure(case: str, dtype: torch.dtype, rounds: int) -> list[dict[str, object
                         torch.testing.assert_close(
                             actual, wanted, rtol=2e-2, atol=1e-4 if dtype.itemsize == 4 else 2e-2
                         )
-                    clocks[name] = prepare(call, "cuda", time.perf_counter)
+                    clock = prepare(call, "cuda", time.perf_counter)
+                    best[name] = min(clock() for _ in range(rounds))
                 except (AssertionError, BackendUnavailableError) as error:
                     print(f"{case}, {what}, {name}: {str(error).splitlines()[0]}")
-            best = {name: min(clock() for _ in range(rounds)) for name, clock in clocks.items()}
         use("forward", None)
         rows += [
             {"case": case, "what": what, "variant": name, "dtype": str(dtype).removeprefix("torch."), "us": 1e3 * ms}
