@@ -111,7 +111,9 @@ def step(run: Callable[[Inputs], Tensor], form: str, x: Inputs, grad: Tensor) ->
             return step(run.run, form, x, grad)
     output = run(x)
     leaves = (x.value, x.offsets, x.logits) if form == "fused" else (x.value, x.locations, x.weights)
-    return output, torch.autograd.grad(output, leaves, grad)
+    grads = torch.autograd.grad(output, leaves, grad)
+    # Detached, lest it keep alive nodes of this stream, on which a captured graph would then have to wait.
+    return output.detach(), grads
 
 
 def prepare(call: Callable[[], object], device: str, clock: Callable[[], float]) -> Callable[[], float]:
@@ -151,11 +153,15 @@ def floor_ms(Q: int, itemsize: int) -> float | None:
     """The time in which the L1 caches of the GPU can deliver all taps; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    clock = getattr(properties, "clock_rate", 0) * 1e3
-    if not clock:
+    from cuda.bindings import driver
+
+    device = torch.cuda.current_device()
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CLOCK_RATE
+    error, kilohertz = driver.cuDeviceGetAttribute(attribute, device)
+    if int(error):
         return None
-    return 1e3 * tap_bytes(Q, itemsize) / (properties.multi_processor_count * L1_BYTES_PER_CLOCK * clock)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return tap_bytes(Q, itemsize) / (processors * L1_BYTES_PER_CLOCK * kilohertz)
 
 
 def tap_bytes(Q: int, itemsize: int) -> int:
@@ -191,12 +197,20 @@ def measure(case: str, form: str, dtype: torch.dtype, arguments: argparse.Namesp
     errors: dict[str, tuple[float, float]] = {}
     clocks: dict[tuple[str, bool], Callable[[], float]] = {}
     best: dict[tuple[str, bool], float] = {}
-    for name, run in runs.items():
-        output, grads = step(run, form, x, grad)
-        errors[name] = relative_error((output,), (exact[0],)), relative_error(grads[:1], exact[1][:1])
-        with torch.no_grad():
-            clocks[name, False] = prepare(lambda run=run: run(x), device, now)  # type: ignore[misc] # default argument
-        clocks[name, True] = prepare(lambda run=run: step(run, form, x, grad), device, now)  # type: ignore[misc] # the same
+    for name, run in list(runs.items()):
+        try:
+            output, grads = step(run, form, x, grad)
+            errors[name] = relative_error((output,), (exact[0],)), relative_error(grads[:1], exact[1][:1])
+            with torch.no_grad():
+                clocks[name, False] = prepare(lambda run=run: run(x), device, now)  # type: ignore[misc] # default argument
+            clocks[name, True] = prepare(lambda run=run: step(run, form, x, grad), device, now)  # type: ignore[misc] # the same
+        except (RuntimeError, TypeError, ValueError) as error:
+            if name == "reference":
+                raise
+            # A peer may not take this dtype, say; the others are still to be measured.
+            print(f"{case}, {form}, {name}, {dtype}: {str(error).splitlines()[0]}")
+            clocks = {key: clock for key, clock in clocks.items() if key[0] != name}
+            del runs[name]
     for _ in range(arguments.rounds):
         for key, clock in clocks.items():
             with torch.set_grad_enabled(key[1]):
@@ -271,19 +285,19 @@ def main() -> None:
         f"{'case':17} {'form':8} {'who':10} {'dtype':9} {'fwd ms':>9} {'':7} {'both ms':>9} {'':7} "
         f"{'GB/s':>8} {'floor':>6} {'errors':>9}"
     )
-    rows = []
+    rows: list[Row] = []
+    short = "-".join("".join(c if c.isalnum() else " " for c in str(about["device"])).split()[:3]).lower()
+    path = RESULTS / f"ms_deform_attn-{short}{'-busy' if arguments.busy else ''}-{about['date']}.json"
     for case in CASES:
         for form in ("fused", "unfused"):
             for name in arguments.dtype:
                 found = measure(case, form, getattr(torch, name), arguments)
                 print(*map(show, found), sep="\n", flush=True)
                 rows += found
+                if not arguments.no_save:  # each time, lest an end of time or an error take all
+                    RESULTS.mkdir(exist_ok=True)
+                    path.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     if not arguments.no_save:
-        RESULTS.mkdir(exist_ok=True)
-        short = "-".join("".join(c if c.isalnum() else " " for c in str(about["device"])).split()[:3]).lower()
-        clock = "-busy" if arguments.busy else ""
-        path = RESULTS / f"ms_deform_attn-{short}{clock}-{about['date']}.json"
-        path.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
         print("saved", path.name)
 
 

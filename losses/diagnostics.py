@@ -46,7 +46,9 @@ def matching_diagnostics(
     in_layer = layer == torch.arange(num_layers, device=rank.device)[:, None]  # [L, M]
     count = in_layer.sum(-1)
     taken = torch.zeros(num_layers * num_targets, device=rank.device)
-    taken[layer * num_targets + target] = 1
+    taken.index_fill_(
+        0, layer * num_targets + target, 1
+    )  # in some versions, assigning a number copies it from the host
     matched = taken.view(num_layers, num_targets).sum(-1)
     difference = (rank_within(score, layer) - rank_within(iou, layer)).double().square()
     squares = torch.where(in_layer, difference, 0).sum(-1)

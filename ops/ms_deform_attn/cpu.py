@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL:
     loaded = load_library("ms_deform_attn-cpu", SOURCES / "cpu.cpp", headers, FLAGS)
     for function in (loaded.ms_deform_attn_forward, loaded.ms_deform_attn_backward):
         function.argtypes = [ctypes.POINTER(_Problem)]
-        function.restype = None
+        function.restype = ctypes.c_bool
     return loaded
 
 
@@ -134,7 +134,11 @@ class _Call:
                 setattr(self.problem, name, tensor.data_ptr())
 
     def run(self, function: str, **tensors: Tensor | None) -> None:
-        """Run a kernel; ctypes releases the interpreter's lock meanwhile."""
+        """Run a kernel; ctypes releases the interpreter's lock meanwhile.
+
+        Raises:
+            MemoryError: there is not enough for the copies of the maps.
+        """
         self._point(**tensors)
-        if not self.empty:
-            getattr(library(), function)(ctypes.byref(self.problem))
+        if not self.empty and not getattr(library(), function)(ctypes.byref(self.problem)):
+            raise MemoryError(f"{function}: not enough memory")

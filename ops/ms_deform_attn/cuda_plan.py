@@ -12,7 +12,7 @@ import torch
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_SIDE = 32767
-"""Height and width of a map: the backward keeps columns and rows in 16 bits."""
+"""Height and width of a map: the backward adds up a window's columns in 32 bits."""
 MAX_SAMPLES = 512
 """L*P: those of one query must fit into shared memory, with every architecture's 48 KiB."""
 MAX_CHANNELS = 1024

@@ -20,7 +20,9 @@ def ms_deform_attn(
 ) -> Tensor:
     """Unfused form; shapes as in ``ops.ms_deform_attn.ms_deform_attn``, arguments already checked."""
     dtype = compute_dtype(value)
-    sizes = sampling_locations.new_tensor([(w, h) for h, w in spatial_shapes], dtype=dtype)  # [L, 2] as (x, y)
+    # Filled on the device: a list would be copied to it, which waits for it and cannot be part of a CUDA graph.
+    sides = [sampling_locations.new_full((), side, dtype=dtype) for h, w in spatial_shapes for side in (w, h)]
+    sizes = torch.stack(sides).view(-1, 2)  # [L, 2] as (x, y)
     locations = sampling_locations.to(dtype)
     inside = _inside(locations.detach() * sizes[:, None] - 0.5, sizes[:, None])
     pixels = torch.where(inside, locations, 0.0) * sizes[:, None] - 0.5

@@ -336,10 +336,11 @@ def test_synchronisations_on_a_gpu(config, monkeypatch):
     gpu_targets = targets.to("cuda")
     expected = config(outputs, targets)
     assert config(on_gpu, gpu_targets).total.item() == pytest.approx(expected.total.item(), rel=1e-5)
+    num_boxes = torch.tensor(7.0, device="cuda")
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning, match="synchroniz") as caught:
-            config(on_gpu, gpu_targets, torch.tensor(7.0, device="cuda"))
+            config(on_gpu, gpu_targets, num_boxes)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(caught) <= 2

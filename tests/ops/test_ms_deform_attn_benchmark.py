@@ -21,7 +21,9 @@ def test_benchmark_at_a_small_size(
     monkeypatch.setattr(ms_deform_attn_cases, "DECODER_QUERIES", 5)
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setattr(
-        sys, "argv", ["benchmark", "--device", "cpu", "--rounds", "2", "--dtype", "float32", "bfloat16"]
+        sys,
+        "argv",
+        "benchmark --device cpu --rounds 2 --dtype float32 bfloat16 --peer math:dist".split(),
     )
     benchmark.main()
     (path,) = tmp_path.glob("ms_deform_attn-*.json")
@@ -40,7 +42,9 @@ def test_benchmark_at_a_small_size(
         if row["implementation"] == "reference":
             assert row["forward_ratio"] == row["both_ratio"] == 1
         assert row["floor_share"] is None
-    assert path.name in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert path.name in printed
+    assert "decoder, unfused, math:dist, torch.bfloat16: dist expected 2 arguments" in printed  # left out, no more
 
 
 @pytest.mark.parametrize("case", tune_ms_deform_attn.CASES)

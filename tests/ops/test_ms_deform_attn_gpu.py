@@ -64,7 +64,8 @@ def test_gpu_runs_in_a_graph_and_without_synchronisation() -> None:
 
     def step() -> tuple[Tensor, ...]:
         output = fused_ms_deform_attn(inputs[0], case.shapes, valid, *inputs[1:], backend="cuda")
-        return output, *torch.autograd.grad(output.sum(), inputs)
+        gradients = torch.autograd.grad(output.sum(), inputs)
+        return output.detach(), *gradients  # attached, it would tie the captured graph to this stream
 
     expected = step()
     torch.cuda.synchronize()

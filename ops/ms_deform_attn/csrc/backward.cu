@@ -14,11 +14,17 @@ constexpr int PITCH = (CHANNELS + 3) / 4 * 4;          // of the rows of the out
 constexpr int WARPS = THREADS / 32;
 // Warps that add to windows; the others gather.
 constexpr int ADDING = !TILED ? 0 : LEVELS < WARPS / 2 ? LEVELS : WARPS / 2;
-// Windows leave room for a few blocks only, each thread of which may then have more registers.
-constexpr int BLOCKS = !TILED ? 1024 / THREADS : THREADS < 512 ? 512 / THREADS : 1;
+// Windows leave room for two blocks, each thread of which may then have more registers.
+constexpr int BLOCKS = TILED ? 2 : 1024 / THREADS;
 
 #if TILED
 constexpr int QUAD = CHANNELS % 4 == 0 ? 4 : 1;        // the same where rows are all float32
+// The same for what goes to memory: where there are no vector reductions, neighbouring lanes add to neighbouring numbers.
+#if DETERMINISTIC || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900)
+constexpr int FLUSHED = 1;
+#else
+constexpr int FLUSHED = QUAD;
+#endif
 __constant__ constexpr int WINDOW[LEVELS][2] = WINDOWS;  // width, height
 
 // What one parity of a sample adds to: an element of the window, or none (-1), or pixel -2 - target in memory.
@@ -281,16 +287,16 @@ __device__ inline void flush(const Problem& p, const Block& block, const Shared&
     const float* window = s.window + Shared::first_in_window(level);
     const int columns = s.levels[level].columns, start = s.levels[level].start;
     const int64 first = first_element(p, block);
-    for (unsigned i = threadIdx.x * QUAD; i < width * height * CHANNELS; i += THREADS * QUAD) {
-      float sums[QUAD];
-      read<QUAD>(window + i, sums);
+    for (unsigned i = threadIdx.x * FLUSHED; i < width * height * CHANNELS; i += THREADS * FLUSHED) {
+      float sums[FLUSHED];
+      read<FLUSHED>(window + i, sums);
       bool any = false;
 #pragma unroll
-      for (int k = 0; k < QUAD; ++k) any = any || sums[k] != 0;
+      for (int k = 0; k < FLUSHED; ++k) any = any || sums[k] != 0;
       if (!any) continue;  // among them all that lie outside the map
       const int column = origin.x + static_cast<int>(i / CHANNELS % width), row = origin.y + static_cast<int>(i / CHANNELS / width);
       const int64 pixel = start + row * columns + column;
-      add_shared_by_blocks<QUAD>(p.grad_value, first + pixel * p.heads * CHANNELS + i % CHANNELS, sums, scale);
+      add_shared_by_blocks<FLUSHED>(p.grad_value, first + pixel * p.heads * CHANNELS + i % CHANNELS, sums, scale);
     }
     flush<level + 1>(p, block, s, scale);
   }

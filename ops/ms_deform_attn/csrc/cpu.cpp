@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <memory>
+#include <new>
 #include <system_error>
 #include <thread>
 
@@ -42,12 +43,17 @@ template <class A> class Scratch {
 };
 
 // Runs task(i, state) for every i, on this thread and others, each with a State of its own; each task must write memory
-// of its own.
+// of its own. Throws std::bad_alloc if any of them does.
 template <class State, class Task> void parallel(int64_t tasks, int64_t threads, const Task& task) {
   std::atomic<int64_t> next{0};
+  std::atomic<bool> exhausted{false};
   const auto work = [&] {
-    State state;
-    for (int64_t i = next++; i < tasks; i = next++) task(i, state);
+    try {
+      State state;
+      for (int64_t i = next++; i < tasks; i = next++) task(i, state);
+    } catch (const std::bad_alloc&) {
+      exhausted = true;
+    }
   };
   std::vector<std::thread> others;
   try {
@@ -57,6 +63,7 @@ template <class State, class Task> void parallel(int64_t tasks, int64_t threads,
   }
   work();
   for (auto& other : others) other.join();
+  if (exhausted) throw std::bad_alloc();
 }
 
 struct Nothing {};
@@ -215,11 +222,10 @@ template <class A> std::vector<int64_t> order_of_work(const Problem& p) {
 }
 
 template <class T, class A, int D> void forward(const Problem& p) {
-  // One image and head is a task, or where there are few of them for the threads, a part of its queries.
+  // One image and head is a task, or a part of its queries: small ones for balance, unless each has to copy the map.
   const int64_t maps = p.images * p.heads, stride = p.heads * p.channels;
-  const int64_t parts = maps % p.threads == 0 || maps >= 4 * p.threads ? 1 : (4 * p.threads + maps - 1) / maps;
-  const int64_t block = (p.queries + parts - 1) / parts;
   const bool copied = worth_copying(p);
+  const int64_t parts = ((copied ? 1 : 4) * p.threads + maps - 1) / maps, block = (p.queries + parts - 1) / parts;
   const std::vector<int64_t> order = order_of_work<A>(p);
   prefer_huge_pages(p.output, p.images * p.queries * stride * sizeof(A));
   parallel<Scratch<A>>(maps * parts, p.threads, [&](int64_t task, Scratch<A>& scratch) {
@@ -321,9 +327,10 @@ template <class A> struct Maps {
 
 template <class A, int D> void backward(const Problem& p) {
   // One image, head and level of grad_value belongs to one task, which adds in a fixed order: no races, and the same
-  // result to the bit for any number of threads. Whole heads cost less where there are enough of them.
+  // result to the bit for any number of threads. Levels of a head cost nearly as much as all of it, so that heads are
+  // split only if there are fewer than threads.
   const int64_t maps = p.images * p.heads, stride = p.heads * p.channels, all = p.levels * p.points;
-  const bool split = maps % p.threads != 0 && maps < 4 * p.threads, copied = worth_copying(p);
+  const bool split = maps < p.threads, copied = worth_copying(p);
   const std::vector<int64_t> order = order_of_work<A>(p);
   prefer_huge_pages(p.grad_value, p.images * p.pixels * stride * sizeof(A));
   prefer_huge_pages(p.grad_samples, 2 * p.images * p.queries * p.heads * all * sizeof(A));
@@ -403,7 +410,19 @@ void backward(const Problem& p) {
 
 }  // namespace
 
+// Whether there was enough memory.
 extern "C" {
-void ms_deform_attn_forward(const Problem* problem) { forward(*problem); }
-void ms_deform_attn_backward(const Problem* problem) { backward(*problem); }
+bool ms_deform_attn_forward(const Problem* problem) try {
+  forward(*problem);
+  return true;
+} catch (const std::bad_alloc&) {
+  return false;
+}
+
+bool ms_deform_attn_backward(const Problem* problem) try {
+  backward(*problem);
+  return true;
+} catch (const std::bad_alloc&) {
+  return false;
+}
 }
