@@ -23,7 +23,7 @@ def test_benchmark_at_a_small_size(
     monkeypatch.setattr(
         sys,
         "argv",
-        "benchmark --device cpu --rounds 2 --dtype float32 bfloat16 --peer math:dist".split(),
+        ["benchmark", "--device", "cpu", "--rounds", "2", "--dtype", "float32", "bfloat16", "--peer", "math:dist"],
     )
     benchmark.main()
     (path,) = tmp_path.glob("ms_deform_attn-*.json")
