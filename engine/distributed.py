@@ -88,6 +88,11 @@ def choose_device(choice: DeviceChoice = "auto") -> torch.device:
     return torch.device("cuda", local_rank())
 
 
+def has_connected() -> bool:
+    """Whether this process has ever been connected to others."""
+    return _has_connected
+
+
 def speaks_for_errors() -> bool:
     """Whether this process should print its own error.
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -108,6 +108,20 @@ def exit_code(run: Callable[[], None]) -> int:
     finally:
         kill_children()
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    Processes that were connected leave without finalising interpreter and libraries: gloo's threads can hang or abort
+    them there, and a complete run would count as a failed one. Everything is on disk by then, and workers are gone.
+    """
+    if distributed.has_connected():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _complain(message: str, code: int, *, same_everywhere: bool = False) -> int:

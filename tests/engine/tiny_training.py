@@ -280,4 +280,4 @@ def exit_code(work: list[Options] | Callable[[], None]) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(exit_code([Options(**json.loads(text)) for text in sys.argv[1:]]))
+    session.leave(exit_code([Options(**json.loads(text)) for text in sys.argv[1:]]))
