@@ -266,6 +266,12 @@ def machine(device: str) -> dict[str, object]:
     }
 
 
+def results_file(benchmark: str, about: dict[str, object], mode: str = "") -> Path:
+    """Where a benchmark's results go, by machine and date."""
+    device = "".join(c if c.isalnum() else " " for c in str(about["device"]))
+    return RESULTS / f"{benchmark}-{'-'.join(device.split()[:3]).lower()}{mode}-{about['date']}.json"
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -286,8 +292,7 @@ def main() -> None:
         f"{'GB/s':>8} {'floor':>6} {'errors':>9}"
     )
     rows: list[Row] = []
-    short = "-".join("".join(c if c.isalnum() else " " for c in str(about["device"])).split()[:3]).lower()
-    path = RESULTS / f"ms_deform_attn-{short}{'-busy' if arguments.busy else ''}-{about['date']}.json"
+    path = results_file("ms_deform_attn", about, "-busy" if arguments.busy else "")
     for case in CASES:
         for form in ("fused", "unfused"):
             for name in arguments.dtype:

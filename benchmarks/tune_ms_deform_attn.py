@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ms_deform_attn_cases as sizes
-from benchmarks.ms_deform_attn import RESULTS, machine, ours, prepare, step
+from benchmarks.ms_deform_attn import Deterministic, machine, ours, prepare, results_file, step
 from benchmarks.ms_deform_attn_cases import CHANNELS, HEADS, POINTS, make_inputs
 from ops.cache import BackendUnavailableError
 from ops.ms_deform_attn import cuda
@@ -116,16 +116,14 @@ def build_all(variants: dict[str, list[Variant]]) -> None:
 def measure(case: str, dtype: torch.dtype, rounds: int) -> list[dict[str, object]]:
     """Times of every variant at one size; those that fail are reported and left out."""
     x = make_inputs(case).to(dtype, "cuda")
-    run = ours("fused", "cuda")
     grad = torch.randn(1, x.reference.shape[1], HEADS * CHANNELS, device="cuda").to(dtype)
     rows: list[dict[str, object]] = []
     limit = cuda.shared_limit(torch.device("cuda", torch.cuda.current_device()))
     all_of_them = all_variants(case, dtype, limit)
     build_all(all_of_them)
     for what, variants in all_of_them.items():
-        call = (lambda: run(x)) if what == "forward" else (lambda: step(run, "fused", x, grad))
-        torch.use_deterministic_algorithms(what == "deterministic")
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a module's property
+        run = Deterministic(ours("fused", "cuda")) if what == "deterministic" else ours("fused", "cuda")
+        call = functools.partial(run, x) if what == "forward" else functools.partial(step, run, "fused", x, grad)
         with torch.set_grad_enabled(what != "forward"):
             expected = flat(call())
             best: dict[str, float] = {}
@@ -145,7 +143,6 @@ def measure(case: str, dtype: torch.dtype, rounds: int) -> list[dict[str, object
             {"case": case, "what": what, "variant": name, "dtype": str(dtype).removeprefix("torch."), "us": 1e3 * ms}
             for name, ms in sorted(best.items(), key=lambda item: item[1])
         ]
-    torch.use_deterministic_algorithms(False)
     return rows
 
 
@@ -192,8 +189,7 @@ def main() -> None:
                     )
     if rows:
         about = machine("cuda")
-        short = "-".join(str(about["device"]).lower().split()[:3])
-        path = RESULTS / f"tune_ms_deform_attn-{short}-{about['date']}.json"
+        path = results_file("tune_ms_deform_attn", about)
         path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
         print("saved", path.name)
 

@@ -46,9 +46,8 @@ def matching_diagnostics(
     in_layer = layer == torch.arange(num_layers, device=rank.device)[:, None]  # [L, M]
     count = in_layer.sum(-1)
     taken = torch.zeros(num_layers * num_targets, device=rank.device)
-    taken.index_fill_(
-        0, layer * num_targets + target, 1
-    )  # in some versions, assigning a number copies it from the host
+    # Not an assignment: in some versions, a number that is assigned is copied from the host.
+    taken.index_fill_(0, layer * num_targets + target, 1)
     matched = taken.view(num_layers, num_targets).sum(-1)
     difference = (rank_within(score, layer) - rank_within(iou, layer)).double().square()
     squares = torch.where(in_layer, difference, 0).sum(-1)

@@ -224,8 +224,8 @@ __device__ inline void aim_all(const Shared& s) {
       const int pixel = below ? (right ? pixel4.w : pixel4.z) : (right ? pixel4.y : pixel4.x);
       const bool near = x >= 0 && x < WINDOW[level][0] && y >= 0 && y < WINDOW[level][1];
       const int inside = (y * WINDOW[level][0] + x) * CHANNELS;
-      s.taps[4 * i + parity] = {pixel < 0 ? -1 : near ? inside : -2 - pixel,
-                                s.parts[3 * i + 2] * (right ? place.x : 1 - place.x) * (below ? place.y : 1 - place.y)};
+      const float factor = s.parts[3 * i + 2] * place.factor_x(right) * place.factor_y(2 * below);
+      s.taps[4 * i + parity] = {pixel < 0 ? -1 : near ? inside : -2 - pixel, factor};
     }
   }
 }
