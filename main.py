@@ -14,8 +14,7 @@ import torch
 import config as configuration
 from config import Config
 from datasets import Category, CocoDataset
-from engine import checkpoint, distributed, session
-from engine import logging as run_logging
+from engine import checkpoint, distributed, run_log, session
 from engine.coco_metrics import choose_backend
 from engine.environment import describe_environment
 from engine.evaluator import Evaluator
@@ -64,7 +63,7 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
     """Claim the output directory, build what the configuration names, and train."""
     output_dir = Path(cfg.output_dir)
     directory, loaded = session.open_run(output_dir, args.resume, explicit)
-    run_logging.configure(output_dir)
+    run_log.configure(output_dir)
     environment = describe_environment(cfg.seed, device)
     with distributed.agreed_errors():  # nothing in here may depend on other processes
         set_default_backend(cfg.op_backend)
@@ -119,14 +118,14 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
             trainer.load_state_dict(loaded)
         if directory is not None:
             record_start(output_dir, configuration.dump(cfg), environment)
-    for line in run_logging.banner(trainer, (len(train_set), len(val_set)), describe_backend(device)):
+    for line in run_log.banner(trainer, (len(train_set), len(val_set)), describe_backend(device)):
         log.info(line)
     trainer.fit()
 
 
 def evaluate(cfg: Config, loaded: checkpoint.Loaded, device: torch.device) -> None:
     """Measure a checkpoint's weights (the averaged ones, where there are) as training did."""
-    run_logging.configure(None)
+    run_log.configure(None)
     with distributed.agreed_errors():
         set_default_backend(cfg.op_backend)
         categories = tuple(Category(*category) for category in loaded.state["categories"])

@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor, nn
 
-from engine import distributed, session
-from engine import logging as run_logging
+from engine import distributed, run_log, session
 from engine.optimizer import CosineSchedule, OptimizerConfig, Schedule, StepSchedule
 from engine.signals import Interrupted
 from engine.step import OptimizerStep, configure_device
@@ -235,7 +234,7 @@ def train(options: Options) -> Trainer:
     directory = Path(options.directory)
     opened = session.open_run(directory, options.resume)
     try:
-        run_logging.configure(directory)
+        run_log.configure(directory)
         trainer = build(options)
         with distributed.agreed_errors():
             if opened.loaded is not None:

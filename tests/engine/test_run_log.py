@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import logging as run_logging
-from engine import session
+from engine import run_log, session
 from engine.faults import DivergedError
-from engine.logging import Progress, Records
+from engine.run_log import Progress, Records
 from engine.signals import Interrupted
 from structures import LossOutput
 
@@ -95,7 +94,7 @@ def test_exit_codes(
     def run() -> None:
         raise error
 
-    run_logging.configure(tmp_path)
+    run_log.configure(tmp_path)
     assert session.exit_code(run) == code
     assert capsys.readouterr().err.startswith(said)
     assert said.strip() in (tmp_path / "log.txt").read_text()
