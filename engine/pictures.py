@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.records import read_metrics
 from engine.whole_files import replacing
 from structures import Batch, Detections
 
@@ -94,9 +94,8 @@ def draw_curves(metrics: Path | str, path: Path | str) -> None:
         metrics: file of JSON lines, each with ``kind`` ("train" with ``loss``, or "eval" with ``AP``) and ``step``.
         path: PNG file to write.
     """
-    records = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines() if line.strip()]
-    train = _latest_by_step([r for r in records if r.get("kind") == "train" and r.get("loss") is not None])
-    evals = _latest_by_step([r for r in records if r.get("kind") == "eval" and r.get("AP") is not None])
+    train, evals = read_metrics(Path(metrics))
+    train = [record for record in train if record.get("loss") is not None]
     figure, axes = _canvas(1, 3, 3.2)
     loss, rate, precision = axes.flat
     steps = [r["step"] for r in train]
@@ -120,12 +119,6 @@ def draw_curves(metrics: Path | str, path: Path | str) -> None:
         axis.grid(alpha=0.25, linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
-
-
-def _latest_by_step(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A run that was resumed repeats the steps since its checkpoint; the later record counts."""
-    by_step = {record["step"]: record for record in records}
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import checkpoint
+from engine.records import read_records
 from engine.whole_files import UNFINISHED, replacing
 
 log = logging.getLogger(__name__)
@@ -116,15 +117,9 @@ def forget_after(directory: Path, step: int, *, evaluated: bool) -> None:
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record: Any = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if not isinstance(record, dict):
-            continue
+    for record in read_records(file):
         last = step if evaluated or record.get("kind") == "train" else step - 1
         if record.get("step", 0) <= last:
-            kept.append(line + "\n")
+            kept.append(json.dumps(record, ensure_ascii=False) + "\n")
     with replacing(file) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

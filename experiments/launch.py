@@ -17,10 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from engine.records import read_metrics
 from engine.run_directory import METRICS
 from experiments.plan import STATE_DIRECTORY, Plan, PlannedRun
 from experiments.progress import Length, seconds_left
-from experiments.runs import State, read_metrics, read_run
+from experiments.runs import State, read_run
 
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 30.0

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from engine.records import read_metrics, read_records
 from engine.run_directory import CONFIG, ENVIRONMENT, LOCK, METRICS
 
 State = Literal["done", "running", "failed", "unfinished", "missing"]
@@ -63,7 +64,7 @@ def read_run(directory: Path, outcome_file: Path | None = None) -> Run:
     else:
         state = "unfinished" if config or train else "missing"
     message = str(outcome.get("message") or f"exit code {outcome.get('exit_code')}") if state == "failed" else ""
-    starts = _read_lines(directory / ENVIRONMENT)
+    starts = read_records(directory / ENVIRONMENT)
     return Run(directory, state, message, config, train, evals, starts[-1] if starts else {})
 
 
@@ -90,16 +91,6 @@ def is_finished(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> boo
     return train[-1].get("eta_seconds") == 0 and evals[-1]["step"] == train[-1]["step"]
 
 
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training, evaluation) records of a metrics file in the order of their steps; of repeated ones the latest."""
-    kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
-    for record in _read_lines(path):
-        if record.get("kind") in kinds and isinstance(record.get("step"), int):
-            kinds[record["kind"]][record["step"]] = record
-    train, evals = ([by_step[step] for step in sorted(by_step)] for by_step in kinds.values())
-    return train, evals
-
-
 def is_run(directory: Path) -> bool:
     """Whether a directory holds a run."""
     return (directory / CONFIG).is_file() or (directory / METRICS).is_file()
@@ -110,22 +101,6 @@ def find_runs(directory: Path) -> list[Path]:
     if is_run(directory):
         return [directory]
     return [path for path in sorted(directory.iterdir()) if path.is_dir() and is_run(path)]
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line that is being written, or was when the process died
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def _read_json(path: Path) -> dict[str, Any]:
