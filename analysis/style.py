@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engine.whole_files import replacing
+
 # Okabe and Ito's palette, the darkest first: yellow is hardly seen on white and comes last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
 LINE_STYLES = ("-", "--", "-.", ":")
@@ -58,13 +60,9 @@ def drawing(path: Path, rows: int, columns: int, width: float, height: float, **
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    temporary = path.with_name(f".{path.name}.writing")
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.subplots(rows, columns, squeeze=False, **grid)
-        try:
+        with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=DPI)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)

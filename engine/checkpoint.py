@@ -19,6 +19,8 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.whole_files import replacing
+
 FORMAT = 1
 LAST = "checkpoint_last.pth"
 PREVIOUS = "checkpoint_previous.pth"
@@ -51,23 +53,22 @@ def write(directory: Path, state: Mapping[str, Any], *, best: bool = False) -> N
     Raises:
         OSError: if it cannot be written, for example on a full disk; the checkpoints are then as before.
     """
-    temporary = directory / f".{LAST}.writing"
+    last = directory / LAST
     try:
-        with temporary.open("wb") as file:
-            serialise({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if best:
-            _link_or_copy(temporary, directory / BEST)
+        with replacing(last) as temporary:
+            with temporary.open("wb") as file:
+                serialise({"format": FORMAT, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if best:
+                _link_or_copy(temporary, directory / BEST)
+            if last.exists():
+                last.replace(directory / PREVIOUS)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)
         kept = [name for name in (LAST, PREVIOUS, BEST) if (directory / name).exists()]
         kept_text = f"{', '.join(kept)} kept" if kept else "there is no earlier one"
         raise OSError(error.errno, f"cannot write a checkpoint: {reason} ({kept_text})", str(directory)) from error
-    if (directory / LAST).exists():
-        os.replace(directory / LAST, directory / PREVIOUS)
-    os.replace(temporary, directory / LAST)
     _sync_directory(directory)
 
 
@@ -90,19 +91,14 @@ def serialise(content: Mapping[str, Any], file: IO[bytes]) -> None:
 
 def _link_or_copy(source: Path, target: Path) -> None:
     """Give the file a second name atomically; by copying where the file system knows no links."""
-    temporary = target.with_name(f".{target.name}.writing")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
+    with replacing(target) as temporary:
+        temporary.unlink(missing_ok=True)
         try:
+            os.link(source, temporary)
+        except OSError:
             shutil.copyfile(source, temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-    os.replace(temporary, target)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -24,6 +24,7 @@ from config import Config
 from datasets import Category
 from datasets.annotations import read_annotation_file, read_categories
 from engine import checkpoint
+from engine.whole_files import replacing
 from tools.checkpoint_layouts import Conversion, convert
 from tools.checkpoint_layouts.reading import read, select_weights
 
@@ -119,12 +120,8 @@ def save(path: Path, conversion: Conversion, config: Config) -> None:
         "categories": [[category.id, category.name] for category in conversion.categories],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
+    with replacing(path) as temporary:
         torch.save(state, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def report(conversion: Conversion, config: Config) -> list[str]:
