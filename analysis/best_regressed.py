@@ -32,6 +32,8 @@ class BestRegressed(NamedTuple):
     """[G] the query gives to the target's class."""
     area: Floats
     """[G] of the target, in pixels."""
+    boxes_xyxy: Floats
+    """[G, 4] of the query, in the unit of the targets."""
 
     @property
     def found(self) -> Booleans:
@@ -77,6 +79,7 @@ def best_regressed(scores: Floats, boxes_xyxy: Floats, objects: ImageObjects) ->
         np.full(len(targets), len(targets)),
         scores[query, objects.labels[targets]],
         objects.areas[targets],
+        boxes_xyxy[query],
     )
 
 

@@ -50,10 +50,13 @@ class Subject(NamedTuple):
     device: torch.device
 
 
-class Analysed(NamedTuple):
-    """A checkpoint's report, and where its queries look."""
+class Observed(NamedTuple):
+    """What a checkpoint makes of its validation set."""
 
-    report: Report
+    observations: list[Observation]
+    """Of all annotated images, in their order."""
+    metrics: dict[str, Any]
+    """Of the evaluator."""
     looking: dict[ChosenTarget, LookingQuery]
     """Of each chosen target whose image could be read."""
 
@@ -106,15 +109,12 @@ def load_subject(path: Path, label: str, overrides: Sequence[str]) -> Subject:
     return Subject(label, cfg, model.to(device).eval(), dataset, device)
 
 
-def analyse(
-    subject: Subject, images: Sequence[ImageInfo], threshold: float, chosen: Sequence[ChosenTarget]
-) -> Analysed:
-    """Run the detector over the validation set and measure everything.
+def observe_subject(subject: Subject, images: Sequence[ImageInfo], chosen: Sequence[ChosenTarget] = ()) -> Observed:
+    """Run the detector over the validation set.
 
     Args:
         subject: the checkpoint.
         images: that are annotated.
-        threshold: score of a confident detection.
         chosen: targets for which sampling points are wanted.
     """
     dataset = subject.dataset
@@ -122,7 +122,6 @@ def analyse(
     info = {image.image_id: image for image in images}
     observed: dict[int, Observation] = {}
     looking: dict[ChosenTarget, LookingQuery] = {}
-    names = [category.name for category in dataset.categories]
     loader = subject.cfg.data.build_val_loader(dataset)
     reported = time.monotonic()
     for batch in loader:
@@ -144,8 +143,9 @@ def analyse(
         if time.monotonic() - reported > PROGRESS_SECONDS:
             reported = time.monotonic()
             print(f"{subject.label}: {len(observed)} of {len(dataset)} images", flush=True)
-    observations = [observed.get(image.image_id) or _unread(image, len(names)) for image in images]
-    return Analysed(make_report(subject.label, observations, names, evaluator.compute(), threshold), looking)
+    classes = len(dataset.categories)
+    observations = [observed.get(image.image_id) or _unread(image, classes) for image in images]
+    return Observed(observations, evaluator.compute(), looking)
 
 
 def _forward(subject: Subject, batch: Batch, with_sampling: bool) -> tuple[Any, list[Any], Sampling | None]:
@@ -201,13 +201,13 @@ def check_labels(given: Sequence[str] | None, paths: Sequence[Path]) -> list[str
     return labels
 
 
-def _same_task(subjects: Sequence[Subject], paths: Sequence[Path]) -> None:
-    """Raise ValueError where checkpoints cannot be compared."""
-    first = subjects[0]
-    for subject, path in zip(subjects[1:], paths[1:], strict=True):
-        current = [list(category) for category in first.dataset.categories]
-        checkpoint.check_categories([list(category) for category in subject.dataset.categories], current, path)
-        if subject.dataset.ids != first.dataset.ids:
+def check_same_task(datasets: Sequence[CocoDataset], paths: Sequence[Path]) -> None:
+    """Raise ValueError where the detections of checkpoints, given their validation sets, cannot be compared."""
+    first = datasets[0]
+    for dataset, path in zip(datasets[1:], paths[1:], strict=True):
+        current = [list(category) for category in first.categories]
+        checkpoint.check_categories([list(category) for category in dataset.categories], current, path)
+        if dataset.ids != first.ids:
             raise ValueError(f"{path}: its validation images are not those of {paths[0]}: set data.val.* with --set")
 
 
@@ -215,19 +215,26 @@ def run(args: argparse.Namespace) -> None:
     """Analyse and write everything; raises ValueError or OSError for what a user can mend."""
     labels = check_labels(args.labels, args.resume)
     subjects = [load_subject(path, label, args.set) for path, label in zip(args.resume, labels, strict=True)]
-    _same_task(subjects, args.resume)
+    check_same_task([subject.dataset for subject in subjects], args.resume)
     truth = Evaluator(subjects[0].cfg.data.val.annotations, subjects[0].dataset.categories).ground_truth
     images = annotated_images(truth, [category.id for category in subjects[0].dataset.categories])
     chosen = chosen_targets(images, args.images, args.targets)
     args.out.mkdir(parents=True, exist_ok=True)
-    results = [analyse(subject, images, args.threshold, chosen) for subject in subjects]
-    reports = [result.report for result in results]
+    results = [observe_subject(subject, images, chosen) for subject in subjects]
+    names = [category.name for category in subjects[0].dataset.categories]
+    reports = [
+        make_report(subject.label, result.observations, names, result.metrics, args.threshold)
+        for subject, result in zip(subjects, results, strict=True)
+    ]
     content = {
         "checkpoints": [{"path": str(p), **as_json(r)} for p, r in zip(args.resume, reports, strict=True)],
         "threshold": args.threshold,
     }
     (args.out / "analysis.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    figures = [*draw_all(args.out, reports), *_draw_pages(args.out, subjects[0].dataset, images, results, chosen)]
+    figures = [
+        *draw_all(args.out, reports),
+        *_draw_pages(args.out, subjects[0].dataset, images, reports, results, chosen),
+    ]
     _write_events(args.out, reports, figures)
     for report in reports:
         print(f"{report.label}: " + ", ".join(f"{name} {value:.3g}" for name, value in _headline(report).items()))
@@ -238,7 +245,8 @@ def _draw_pages(
     out: Path,
     dataset: CocoDataset,
     images: Sequence[ImageInfo],
-    results: Sequence[Analysed],
+    reports: Sequence[Report],
+    results: Sequence[Observed],
     chosen: Sequence[ChosenTarget],
 ) -> list[Path]:
     place = {image_id: i for i, image_id in enumerate(dataset.ids)}
@@ -251,7 +259,6 @@ def _draw_pages(
             return Picture(np.full((height, width, 3), 128, dtype=np.uint8), (height, width))
         return Picture(pixels.permute(1, 2, 0).numpy(), size)
 
-    reports = [result.report for result in results]
     paths = [out / "worst_images.png"]
     draw_worst(paths[0], reports, [i.objects for i in images], lambda index: picture(images[index].image_id))
     objects = {image.image_id: image.objects for image in images}
