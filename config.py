@@ -14,7 +14,7 @@ import yaml
 from datasets import DataConfig
 from engine.optimizer import OptimizerConfig, Schedule, StepSchedule
 from engine.trainer_config import TrainerConfig
-from losses import CriterionConfig
+from losses import Criterion
 from models import Detector, DINOConfig
 from schema import KeyPathError, decode, merge, plain
 
@@ -25,7 +25,7 @@ class Config:
 
     model: Detector = field(default_factory=DINOConfig)
     """Detector, picked by name."""
-    criterion: CriterionConfig = field(default_factory=CriterionConfig)
+    criterion: Criterion = field(default_factory=Criterion)
     """What is supervised, by which losses and which matcher."""
     data: DataConfig
     """Data sets, augmentation and batching."""

@@ -14,14 +14,15 @@ import torch
 import config as configuration
 from config import Config
 from datasets import Category, CocoDataset
-from engine import checkpoint, distributed, run_log, session
+from engine import checkpoint, distributed, run_log
 from engine.coco_metrics import choose_backend
-from engine.environment import describe_environment
 from engine.evaluator import Evaluator
-from engine.run_directory import DETECTIONS, PREDICTIONS, record_start
+from engine.runs import session
+from engine.runs.environment import describe_environment
+from engine.runs.run_directory import DETECTIONS, PREDICTIONS, record_start
+from engine.runs.transfer import initialise_from
 from engine.step import OptimizerStep, configure_device
 from engine.trainer import Trainer, summarise_metrics
-from engine.transfer import initialise_from
 from engine.validation import Validation
 from ops.ms_deform_attn import describe_backend, set_default_backend
 
@@ -162,7 +163,7 @@ def describe_data(train_set: CocoDataset, batch_size: int) -> dict[str, Any]:
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Raises what :func:`engine.session.exit_code` turns into a line and an exit code."""
+    """Raises what :func:`engine.runs.session.exit_code` turns into a line and an exit code."""
     args = parse_arguments(arguments)
     cfg, loaded = read_inputs(args)
     device = distributed.choose_device(cfg.trainer.device)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from losses import IABCE, CriterionConfig
+from losses import IABCE, Criterion
 from matchers import Mixed
 from structures import DetectorOutputs, Prediction, Targets
 from tests.losses import criterion_oracle
@@ -74,7 +74,7 @@ def compare(targets: int, candidates: int, repeats: int) -> dict[str, float]:
     assert outputs.encoder is not None
     leaves = [*outputs.decoder, *outputs.encoder]
     matcher = Mixed(candidates=candidates)
-    config = CriterionConfig(classification=IABCE(), matcher=matcher, prime_sample_tau=TAU)
+    config = Criterion(classification=IABCE(), matcher=matcher, prime_sample_tau=TAU)
     layers = list(matcher.layer_candidates(7))
     stacked = {"encoder": Prediction(*(part[None] for part in outputs.encoder)), "decoder": outputs.decoder}
 
@@ -101,7 +101,7 @@ def crowded(images: int, targets: int, candidates: int, repeats: int) -> dict[st
     outputs, ground_truth = case(images, targets)
     assert outputs.encoder is not None
     leaves = [*outputs.decoder, *outputs.encoder]
-    config = CriterionConfig(classification=IABCE(), matcher=Mixed(candidates=candidates), prime_sample_tau=TAU)
+    config = Criterion(classification=IABCE(), matcher=Mixed(candidates=candidates), prime_sample_tau=TAU)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = milliseconds(
         {"ours": lambda: torch.autograd.grad(config(outputs, ground_truth).total, leaves)}, max(2, repeats // 4)

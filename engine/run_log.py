@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from engine import distributed
-from engine.run_directory import LOG, METRICS
+from engine.runs.run_directory import LOG, METRICS
 from structures import LossOutput
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from torch import nn
 
 from engine import checkpoint, distributed
 from engine.averaging import AveragedWeights
-from engine.faults import NonFiniteSteps
 from engine.loaders import TrainLoader
 from engine.optimizer import Schedule, load_optimizer_state, set_learning_rate
 from engine.pictures import draw_curves
-from engine.run_directory import CURVES, METRICS, PREDICTIONS, forget_after
 from engine.run_log import Progress, Records
-from engine.signals import STOPPING, Interrupted, StopRequest
+from engine.runs.faults import NonFiniteSteps
+from engine.runs.run_directory import CURVES, METRICS, PREDICTIONS, forget_after
+from engine.runs.signals import STOPPING, Interrupted, StopRequest
 from engine.step import OptimizerStep, seed_step
 from engine.trainer_config import TrainerConfig
 from structures import Batch

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from engine.run_directory import METRICS
+from engine.runs.run_directory import METRICS
 from experiments.plan import Decode, Plan, read_manifest, short_keys, without_machine
 from experiments.runs import Run, find_runs, read_run
 

@@ -17,7 +17,7 @@ from analysis.bootstrap import Interval, paired_interval, resampled_precision, r
 from analysis.detections_file import annotated_images, detections_by_image, read_rows
 from analysis.matching import IOU_THRESHOLDS, Floats
 from engine.coco_metrics import GroundTruth, read_ground_truth
-from engine.run_directory import DETECTIONS
+from engine.runs.run_directory import DETECTIONS
 from engine.whole_files import replacing
 from experiments.comparison import Group, summarise, value_of
 from experiments.runs import Run

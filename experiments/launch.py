@@ -18,7 +18,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from engine.records import read_metrics
-from engine.run_directory import METRICS
+from engine.runs.run_directory import METRICS
 from experiments.plan import STATE_DIRECTORY, Plan, PlannedRun
 from experiments.progress import Length, seconds_left
 from experiments.runs import State, read_run

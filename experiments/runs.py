@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from engine.records import read_metrics, read_records
-from engine.run_directory import CONFIG, ENVIRONMENT, LOCK, METRICS
+from engine.runs.run_directory import CONFIG, ENVIRONMENT, LOCK, METRICS
 
 State = Literal["done", "running", "failed", "unfinished", "missing"]
 

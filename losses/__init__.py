@@ -1,10 +1,10 @@
 """Index of losses. Each classification loss works on plain tensors, without the rest of this code base."""
 
 from losses.align import Align
+from losses.binary import ClassificationLoss
 from losses.boxes import box_losses
 from losses.classification import Classification
-from losses.criterion import CriterionConfig, LossWeights
-from losses.entries import ClassificationLoss
+from losses.criterion import Criterion, LossWeights
 from losses.focal import Focal
 from losses.ia_bce import IABCE
 from losses.matchability_aware import MatchabilityAware
@@ -18,7 +18,7 @@ __all__ = [
     "Align",
     "Classification",
     "ClassificationLoss",
-    "CriterionConfig",
+    "Criterion",
     "Focal",
     "LossWeights",
     "MatchabilityAware",

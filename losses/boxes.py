@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from losses.entries import at_least_float32
+from losses.binary import at_least_float32
 from ops.boxes import cxcywh_to_xyxy, paired_ciou, paired_diou, paired_giou
 
 OverlapLoss = Literal["giou", "diou", "ciou"]

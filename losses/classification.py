@@ -1,6 +1,6 @@
 """Index of classification losses: a new one is a file here and a name in ``Classification``.
 
-All are called alike: see ``entries.ClassificationLoss``.
+All are called alike: see ``binary.ClassificationLoss``.
 """
 
 from losses.align import Align

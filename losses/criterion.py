@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.binary import at_least_float32
 from losses.boxes import OverlapLoss, box_losses
 from losses.classification import Classification
 from losses.diagnostics import instability, matching_diagnostics
-from losses.entries import at_least_float32
 from losses.focal import Focal
 from losses.ranking import prime_sample_weights, rank_within
 from matchers import Hungarian, Matcher
@@ -77,7 +77,7 @@ class _Pairs(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriterionConfig:
+class Criterion:
     """The criterion: ``criterion(outputs, targets)`` gives the losses. Its defaults are those of DINO.
 
     Every term is a sum over queries (of boxes: over matches), divided by the number of targets.

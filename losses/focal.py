@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from losses.entries import ClassificationLoss, Negatives, binary_cross_entropy, power, require, weighted
+from losses.binary import ClassificationLoss, Negatives, binary_cross_entropy, power, require, weighted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from losses.entries import ClassificationLoss, Negatives, binary_cross_entropy, require, weighted
+from losses.binary import ClassificationLoss, Negatives, binary_cross_entropy, require, weighted
 
 SMALLEST_TARGET = 0.01
 """Lower bound of t before weighting, as in the released code."""

@@ -8,15 +8,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.backbone import BackboneConfig
-from models.decoder import Decoder, DecoderLayer
-from models.denoising import DenoisingConfig, DenoisingGenerator, DenoisingQueries, attention_mask
-from models.encoder import Encoder, EncoderLayer, level_valid_sizes, pixel_centres
-from models.heads import PredictionHeads
-from models.neck import Neck
-from models.position_encoding import SinePositionEncoding
-from models.postprocess import postprocess
-from models.query_selection import QuerySelection
+from models.parts.backbone import BackboneConfig
+from models.parts.box_decoder import Decoder, DecoderLayer
+from models.parts.denoising import DenoisingConfig, DenoisingGenerator, DenoisingQueries, attention_mask
+from models.parts.encoder import Encoder, EncoderLayer, level_valid_sizes, pixel_centres
+from models.parts.heads import PredictionHeads
+from models.parts.neck import Neck
+from models.parts.position_encoding import SinePositionEncoding
+from models.parts.postprocess import postprocess
+from models.parts.query_selection import QuerySelection
 from structures import Batch, Denoising, Detections, DetectorOutputs, Matches, Prediction
 
 _POSITIVE = (

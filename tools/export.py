@@ -73,7 +73,7 @@ class Deployed(nn.Module):
 
 
 def select_best(prediction: Prediction, image_sizes: Tensor, top_k: int) -> Outputs:
-    """What ``models.postprocess`` does, for all images in one tensor."""
+    """What ``models.parts.postprocess`` does, for all images in one tensor."""
     num_queries, num_classes = prediction.logits.shape[-2:]
     scores, index = prediction.logits.sigmoid().flatten(1).topk(min(top_k, num_queries * num_classes))
     query = (index // num_classes)[..., None].expand(-1, -1, 4)

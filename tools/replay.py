@@ -13,7 +13,7 @@ from typing import Literal, cast
 
 import config as configuration
 from engine import checkpoint, distributed
-from engine.diagnosis import StepRecord
+from engine.runs.diagnosis import StepRecord
 from engine.step import Precision, configure_device
 from ops.ms_deform_attn import set_default_backend
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import distributed
-from engine.diagnosis import StepRecord
+from engine.runs.diagnosis import StepRecord
 from engine.step import OptimizerStep
 from structures import Batch, LossOutput
 

@@ -16,9 +16,9 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from engine import checkpoint, distributed
-from engine.faults import DivergedError
-from engine.run_directory import RunDirectory, launched_by
-from engine.signals import Interrupted, kill_children
+from engine.runs.faults import DivergedError
+from engine.runs.run_directory import RunDirectory, launched_by
+from engine.runs.signals import Interrupted, kill_children
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
-from models.swin import accept_any_size
+from models.parts.swin import accept_any_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import MLP, DeformableAttention, FeedForward, SelfAttention
-from models.heads import PredictionHeads, refine_boxes
-from models.position_encoding import encode_boxes
+from models.parts.attention import MLP, DeformableAttention, FeedForward, SelfAttention
+from models.parts.heads import PredictionHeads, refine_boxes
+from models.parts.position_encoding import encode_boxes
 from structures import Prediction
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.heads import inverse_sigmoid
+from models.parts.heads import inverse_sigmoid
 from structures import Matches, Targets
 
 

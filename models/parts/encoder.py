@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import DeformableAttention, FeedForward
+from models.parts.attention import DeformableAttention, FeedForward
 
 
 class EncoderLayer(nn.Module):

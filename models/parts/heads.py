@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.attention import MLP
+from models.parts.attention import MLP
 
 
 class PredictionHeads(nn.Module):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.encoder import pixel_centres
-from models.heads import PredictionHeads
+from models.parts.encoder import pixel_centres
+from models.parts.heads import PredictionHeads
 from structures import Prediction
 
 

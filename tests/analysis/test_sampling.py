@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from analysis.sampling import last_cross_attention, recorded, sampling_points
-from models.attention import DeformableAttention
+from models.parts.attention import DeformableAttention
 from ops.ms_deform_attn import ms_deform_attn
 
 SHAPES = [(6, 8), (3, 4)]

@@ -20,7 +20,8 @@ from training_processes import run_processes
 import config
 import main
 from datasets.shapes import ShapesConfig, generate
-from engine import distributed, session
+from engine import distributed
+from engine.runs import session
 from engine.step import OptimizerStep
 from ops.ms_deform_attn import describe_backend, set_default_backend
 from structures import Batch, Targets

@@ -13,7 +13,7 @@ from torch import Tensor
 from training_processes import run_processes
 
 from engine import checkpoint, distributed
-from engine.signals import Interrupted
+from engine.runs.signals import Interrupted
 
 VARIABLE = {"environment", "seconds"}
 """What may differ between two runs: when and on what they ran."""

@@ -14,8 +14,8 @@ from tiny_training import Options, TinyDetector, build, criterion, make_batch, t
 from torch import Tensor, nn
 from training_processes import run_processes
 
-from engine.diagnosis import StepRecord, diagnose
-from engine.faults import MAX_DUMPS, DivergedError
+from engine.runs.diagnosis import StepRecord, diagnose
+from engine.runs.faults import MAX_DUMPS, DivergedError
 from engine.step import OptimizerStep
 from structures import Batch, DetectorOutputs, LossOutput, Targets
 

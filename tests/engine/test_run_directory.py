@@ -15,8 +15,9 @@ from test_survival import wait_for_step
 from tiny_training import Options
 from training_processes import run_processes, start_processes
 
-from engine import distributed, session
-from engine.run_directory import RunDirectory, forget_after
+from engine import distributed
+from engine.runs import session
+from engine.runs.run_directory import RunDirectory, forget_after
 
 
 def test_another_run_is_not_overwritten(tmp_path: Path) -> None:

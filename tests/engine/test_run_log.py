@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import run_log, session
-from engine.faults import DivergedError
+from engine import run_log
 from engine.run_log import Progress, Records
-from engine.signals import Interrupted
+from engine.runs import session
+from engine.runs.faults import DivergedError
+from engine.runs.signals import Interrupted
 from structures import LossOutput
 
 

@@ -8,7 +8,7 @@ from tiny_training import TinyDetector
 from torch import nn
 
 from engine.checkpoint import CheckpointError
-from engine.transfer import initialise_from
+from engine.runs.transfer import initialise_from
 
 OLD = [[1, "cat"], [2, "dog"], [7, "cow"]]
 

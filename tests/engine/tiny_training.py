@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor, nn
 
-from engine import distributed, run_log, session
+from engine import distributed, run_log
 from engine.optimizer import CosineSchedule, OptimizerConfig, Schedule, StepSchedule
-from engine.signals import Interrupted
+from engine.runs import session
+from engine.runs.signals import Interrupted
 from engine.step import OptimizerStep, configure_device
 from engine.trainer import Trainer
 from engine.trainer_config import TrainerConfig

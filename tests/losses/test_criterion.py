@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from losses import IABCE, Align, CriterionConfig, Focal, LossWeights
+from losses import IABCE, Align, Criterion, Focal, LossWeights
 from matchers import Hungarian, Mixed, NonFinitePredictionError
 from structures import Denoising, DetectorOutputs, Matches, Prediction, Targets
 from tests.losses.criterion_cases import make_outputs
@@ -54,7 +54,7 @@ def assert_same(result, expected):
 
 
 def test_defaults_are_dino():
-    config = CriterionConfig()
+    config = Criterion()
     assert config.classification == Focal(alpha=0.25, gamma=2.0)
     assert config.matcher == Hungarian()
     assert config.prime_sample_tau is None
@@ -79,7 +79,7 @@ def test_terms_and_their_weighted_sum(config):
 def test_each_weight_scales_its_terms(field):
     outputs, targets = make_outputs(1, (3, 2))
     only = LossWeights(**{name: 3.0 * (name == field) for name in ("classification", "bbox", "giou")})
-    result = CriterionConfig(weights=only)(outputs, targets)
+    result = Criterion(weights=only)(outputs, targets)
     term = {"classification": "class"}.get(field, field)
     expected = 3 * sum(value for name, value in result.terms.items() if name.endswith(f"/{term}"))
     torch.testing.assert_close(result.total.detach(), expected)
@@ -178,8 +178,8 @@ def test_denoising_is_divided_by_the_groups_of_its_image():
 
 def test_denoising_queries_are_not_ranked():
     outputs, targets = make_outputs(9, (2, 3))
-    sharp = CriterionConfig(classification=Align(), matcher=Mixed(), prime_sample_tau=0.1)(outputs, targets)
-    equal = CriterionConfig(classification=Align(), matcher=Mixed())(outputs, targets)
+    sharp = Criterion(classification=Align(), matcher=Mixed(), prime_sample_tau=0.1)(outputs, targets)
+    equal = Criterion(classification=Align(), matcher=Mixed())(outputs, targets)
     for name, value in equal.terms.items():
         same = name.startswith(("denoising", "decoder.2"))  # the last layer has one candidate
         assert torch.equal(sharp.terms[name], value) == same, name
@@ -264,7 +264,7 @@ def test_non_finite_predictions_are_located(supervision):
 @pytest.mark.parametrize("tau", [0.0, -1.0, float("nan")])
 def test_tau_must_be_positive(tau):
     with pytest.raises(ValueError, match="prime_sample_tau"):
-        CriterionConfig(prime_sample_tau=tau)
+        Criterion(prime_sample_tau=tau)
 
 
 def test_weights_must_not_be_negative():
@@ -273,7 +273,7 @@ def test_weights_must_not_be_negative():
 
 
 def test_candidates_are_checked_against_the_model():
-    config = CriterionConfig(matcher=Mixed(candidates=(2, 2, 2, 1)))
+    config = Criterion(matcher=Mixed(candidates=(2, 2, 2, 1)))
     config.check(num_decoder_layers=3, has_encoder_output=True)
     with pytest.raises(ValueError, match="lists 4 numbers, but 6 layers"):
         config.check(num_decoder_layers=6, has_encoder_output=False)
@@ -282,14 +282,14 @@ def test_candidates_are_checked_against_the_model():
 @pytest.mark.parametrize(
     "changed",
     [
-        CriterionConfig(classification=IABCE(alpha=0.5), matcher=Mixed(), prime_sample_tau=1.5),
-        CriterionConfig(classification=IABCE(gamma=1.0), matcher=Mixed(), prime_sample_tau=1.5),
-        CriterionConfig(classification=Focal(), matcher=Mixed(), prime_sample_tau=1.5),
-        CriterionConfig(classification=IABCE(), matcher=Mixed(candidates=3), prime_sample_tau=1.5),
-        CriterionConfig(classification=IABCE(), matcher=Hungarian(), prime_sample_tau=1.5),
-        CriterionConfig(classification=IABCE(), matcher=Mixed(), prime_sample_tau=3.0),
-        CriterionConfig(classification=IABCE(), matcher=Mixed(), prime_sample_tau=None),
-        CriterionConfig(classification=IABCE(), matcher=Mixed(), prime_sample_tau=1.5, overlap="diou"),
+        Criterion(classification=IABCE(alpha=0.5), matcher=Mixed(), prime_sample_tau=1.5),
+        Criterion(classification=IABCE(gamma=1.0), matcher=Mixed(), prime_sample_tau=1.5),
+        Criterion(classification=Focal(), matcher=Mixed(), prime_sample_tau=1.5),
+        Criterion(classification=IABCE(), matcher=Mixed(candidates=3), prime_sample_tau=1.5),
+        Criterion(classification=IABCE(), matcher=Hungarian(), prime_sample_tau=1.5),
+        Criterion(classification=IABCE(), matcher=Mixed(), prime_sample_tau=3.0),
+        Criterion(classification=IABCE(), matcher=Mixed(), prime_sample_tau=None),
+        Criterion(classification=IABCE(), matcher=Mixed(), prime_sample_tau=1.5, overlap="diou"),
     ],
     ids=repr,
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from losses import (
     IABCE,
     Align,
-    CriterionConfig,
+    Criterion,
     Focal,
     MatchabilityAware,
     PositionSupervised,
@@ -34,7 +34,7 @@ def gradients(total: torch.Tensor, outputs: DetectorOutputs) -> list[torch.Tenso
     return list(torch.autograd.grad(total, leaves_of(outputs), allow_unused=True, materialize_grads=True))
 
 
-def pairs_found(config: CriterionConfig, outputs: DetectorOutputs, targets: Targets) -> dict:
+def pairs_found(config: Criterion, outputs: DetectorOutputs, targets: Targets) -> dict:
     """What the matcher finds, in the oracle's form."""
     predictions = {"decoder": outputs.decoder}
     if outputs.encoder is not None:
@@ -78,14 +78,14 @@ def assert_equal_to_oracle(config, outputs, targets, rtol, *, given_pairs=False,
 @pytest.mark.parametrize("matcher", [Hungarian(), Mixed(candidates=3)], ids=lambda matcher: matcher.name)
 def test_every_loss(loss, tau, matcher):
     outputs, targets = make_outputs(1, (3, 0, 5), dtype=torch.float64)
-    config = CriterionConfig(classification=loss, matcher=matcher, prime_sample_tau=tau)
+    config = Criterion(classification=loss, matcher=matcher, prime_sample_tau=tau)
     assert_equal_to_oracle(config, outputs, targets, 1e-10)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 def test_float32_is_as_close_as_float32_allows(loss):
     exact, targets = make_outputs(2, (4, 1, 7), num_queries=60, num_classes=20, dtype=torch.float64)
-    config = CriterionConfig(classification=loss, matcher=Mixed(candidates=2), prime_sample_tau=1.5)
+    config = Criterion(classification=loss, matcher=Mixed(candidates=2), prime_sample_tau=1.5)
     single = DetectorOutputs(
         *(Prediction(*(part.detach().float().requires_grad_() for part in prediction)) for prediction in exact[:2]),
         exact.denoising._replace(
@@ -131,5 +131,5 @@ def problems(draw):
 def test_any_shape(problem, loss, tau, num_targets):
     """Empty images, more targets than queries, duplicates, other query counts in the encoder; matches as found."""
     outputs, targets, matcher = problem
-    config = CriterionConfig(classification=loss, matcher=matcher, prime_sample_tau=tau)
+    config = Criterion(classification=loss, matcher=matcher, prime_sample_tau=tau)
     assert_equal_to_oracle(config, outputs, targets, 1e-9, given_pairs=True, num_targets=num_targets)

@@ -2,13 +2,13 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from losses import IABCE, CriterionConfig
+from losses import IABCE, Criterion
 from losses.diagnostics import instability, matching_diagnostics
 from matchers import Mixed
 from structures import Matches, Prediction
 from tests.losses.criterion_cases import make_outputs
 
-CONFIG = CriterionConfig(classification=IABCE(), matcher=Mixed(candidates=2), prime_sample_tau=1.5)
+CONFIG = Criterion(classification=IABCE(), matcher=Mixed(candidates=2), prime_sample_tau=1.5)
 
 
 def test_means_by_rank_unmatched_and_effective_candidates():
@@ -78,7 +78,7 @@ def test_every_layer_reports_what_its_candidates_allow():
 
 def test_best_candidates_rank_first():
     outputs, targets = make_outputs(1, (5, 6), num_queries=60)
-    described = CriterionConfig(matcher=Mixed(candidates=3))(outputs, targets).diagnostics
+    described = Criterion(matcher=Mixed(candidates=3))(outputs, targets).diagnostics
     for layer in ("encoder", "decoder.0", "decoder.1"):
         ious = [described[f"{layer}/iou_rank{r}"].item() for r in range(3)]
         assert ious == sorted(ious, reverse=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from losses import IABCE, CriterionConfig
+from losses import IABCE, Criterion
 from matchers import Mixed
 from structures import DetectorOutputs, Prediction, Targets
 
@@ -34,7 +34,7 @@ def _run(settings, arrays):
         torch.cat([arrays[f"gtboxes_{b}"] for b in images]),
         tuple(settings["ngt"]),
     )
-    criterion = CriterionConfig(
+    criterion = Criterion(
         classification=IABCE(alpha=settings["alpha"], gamma=settings["gamma"]),
         matcher=Mixed(candidates=tuple(settings["match_num"])),
         prime_sample_tau=settings["tau"],

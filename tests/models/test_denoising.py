@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.denoising import DenoisingConfig, DenoisingGenerator, attention_mask
+from models.parts.denoising import DenoisingConfig, DenoisingGenerator, attention_mask
 from structures import Targets
 
 

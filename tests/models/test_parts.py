@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import postprocess
-from models.attention import DeformableAttention
-from models.encoder import level_valid_sizes, pixel_centres
-from models.heads import PredictionHeads, inverse_sigmoid, refine_boxes
-from models.neck import Neck
-from models.position_encoding import SinePositionEncoding, encode_boxes
-from models.query_selection import QuerySelection
+from models.parts.attention import DeformableAttention
+from models.parts.encoder import level_valid_sizes, pixel_centres
+from models.parts.heads import PredictionHeads, inverse_sigmoid, refine_boxes
+from models.parts.neck import Neck
+from models.parts.position_encoding import SinePositionEncoding, encode_boxes
+from models.parts.query_selection import QuerySelection
 from structures import Prediction
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import main
-from engine.transfer import initialise_from
+from engine.runs.transfer import initialise_from
 from tools import import_checkpoint
 from tools.checkpoint_layouts import COCO
 from tools.detector import Detector

@@ -1,0 +1,1 @@
+"""Parts that detectors share, named for their mechanism; each is imported from its own file."""
