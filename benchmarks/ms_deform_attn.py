@@ -11,29 +11,26 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
+import functools
 import json
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import ms_deform_attn_cases as sizes
 from benchmarks.ms_deform_attn_cases import CASES, CHANNELS, HEADS, POINTS, Inputs, make_inputs
-from ops.ms_deform_attn import available_backends, describe_backend, fused_ms_deform_attn, ms_deform_attn
+from benchmarks.ms_deform_attn_peers import Deterministic, Run, implementations, ours
+from ops.ms_deform_attn import describe_backend
 
 GRAPH_CALLS = 10
 RESULTS = Path(__file__).parent / "results"
 L1_BYTES_PER_CLOCK = 128
 """Of one multiprocessor, every architecture since Volta."""
-
-FILLING: Any = torch.utils.deterministic
-"""A module whose switch type checkers do not know."""
 
 
 @dataclass
@@ -46,65 +43,15 @@ class Row:
     dtype: str
     forward_ms: float
     both_ms: float
-    forward_ratio: float
-    both_ratio: float
+    forward_ratio: float | None
+    both_ratio: float | None
     tap_gb_per_s: float
     floor_share: float | None
     output_error: float
     gradient_error: float
 
 
-def ours(form: str, backend: str) -> Callable[[Inputs], Tensor]:
-    """A backend of this project."""
-    if form == "fused":
-        return lambda x: fused_ms_deform_attn(
-            x.value, sizes.SHAPES, x.valid_sizes, x.reference, x.offsets, x.logits, backend=backend
-        )
-    return lambda x: ms_deform_attn(x.value, sizes.SHAPES, x.locations, x.weights, backend=backend)
-
-
-class Deterministic:
-    """A run under ``torch.use_deterministic_algorithms``, without its filling of new tensors."""
-
-    def __init__(self, run: Callable[[Inputs], Tensor]) -> None:
-        self.run = run
-
-    def __call__(self, x: Inputs) -> Tensor:
-        """As the run itself: forwards are deterministic anyway."""
-        return self.run(x)
-
-    def __enter__(self) -> None:
-        self.before = torch.are_deterministic_algorithms_enabled(), FILLING.fill_uninitialized_memory
-        FILLING.fill_uninitialized_memory = False
-        torch.use_deterministic_algorithms(True)
-
-    def __exit__(self, *error: object) -> None:
-        enabled, FILLING.fill_uninitialized_memory = self.before
-        torch.use_deterministic_algorithms(enabled)
-
-
-def peers(names: list[str], device: str) -> dict[str, Callable[[Inputs], Tensor]]:
-    """Other implementations of the unfused form: f(value, shapes, level starts, locations, weights)."""
-    shapes = torch.tensor(sizes.SHAPES, device=device)
-    starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
-    functions: dict[str, Callable[..., Tensor]] = {}
-    if device == "cuda":
-        try:
-            extension = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
-            apply = extension.MultiScaleDeformableAttnFunction.apply
-            functions["mmcv"] = lambda *arguments: apply(*arguments, 64)
-        except ImportError:
-            pass  # a peer that is not installed is not measured
-    for name in names:
-        module, _, function = name.partition(":")
-        functions[name] = getattr(importlib.import_module(module), function)
-    return {
-        name: lambda x, f=f: f(x.value, shapes, starts, x.locations, x.weights)  # type: ignore[misc] # default argument
-        for name, f in functions.items()
-    }
-
-
-def step(run: Callable[[Inputs], Tensor], form: str, x: Inputs, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+def step(run: Run, form: str, x: Inputs, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Forward and backward; deterministic if ``run`` is."""
     if isinstance(run, Deterministic):
         with run:
@@ -177,18 +124,11 @@ def relative_error(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> flo
     )
 
 
-def measure(case: str, form: str, dtype: torch.dtype, arguments: argparse.Namespace) -> list[Row]:
-    """All implementations of one form at one size."""
+def measure(case: str, form: str, dtype: torch.dtype, arguments: argparse.Namespace, failures: list[str]) -> list[Row]:
+    """All implementations of one form at one size; those that fail are printed, and added to ``failures``."""
     device, now = arguments.device, time.process_time if arguments.busy else time.perf_counter
     inputs = make_inputs(case)
     x = inputs.to(dtype, device)
-    runs: dict[str, Callable[[Inputs], Tensor]] = {"reference": ours(form, "reference")}
-    if available_backends()[device] is None:
-        runs[device] = ours(form, device)
-        if device == "cuda":
-            runs["cuda det."] = Deterministic(ours(form, device))
-    if form == "unfused":
-        runs.update(peers(arguments.peer, device))
     grad = torch.randn(1, x.reference.shape[1], HEADS * CHANNELS, generator=torch.Generator().manual_seed(1))
     exact = step(
         ours(form, "reference"), form, inputs._replace(value=x.value.cpu()).to(torch.float64, "cpu"), grad.double()
@@ -197,28 +137,27 @@ def measure(case: str, form: str, dtype: torch.dtype, arguments: argparse.Namesp
     errors: dict[str, tuple[float, float]] = {}
     clocks: dict[tuple[str, bool], Callable[[], float]] = {}
     best: dict[tuple[str, bool], float] = {}
-    for name, run in list(runs.items()):
+    for name, (run, own) in implementations(form, x, arguments).items():
         try:
-            output, grads = step(run, form, x, grad)
-            errors[name] = relative_error((output,), (exact[0],)), relative_error(grads[:1], exact[1][:1])
+            output, grads = step(run, form, own, grad)
+            error = relative_error((output,), (exact[0],)), relative_error(grads[:1], exact[1][:1])
             with torch.no_grad():
-                clocks[name, False] = prepare(lambda run=run: run(x), device, now)  # type: ignore[misc] # default argument
-            clocks[name, True] = prepare(lambda run=run: step(run, form, x, grad), device, now)  # type: ignore[misc] # the same
-        except (RuntimeError, TypeError, ValueError) as error:
-            if name == "reference":
-                raise
-            # A peer may not take this dtype, say; the others are still to be measured.
-            print(f"{case}, {form}, {name}, {dtype}: {str(error).splitlines()[0]}")
-            clocks = {key: clock for key, clock in clocks.items() if key[0] != name}
-            del runs[name]
+                forward = prepare(functools.partial(run, own), device, now)
+            both = prepare(functools.partial(step, run, form, own, grad), device, now)
+        except Exception as failure:
+            # It may not take this dtype, or there is no memory for it; the others are still to be measured.
+            failures.append(f"{case}, {form}, {name}, {dtype}: {(str(failure).splitlines() or [repr(failure)])[0]}")
+            print("left out:", failures[-1])
+        else:
+            errors[name], clocks[name, False], clocks[name, True] = error, forward, both
     for _ in range(arguments.rounds):
         for key, clock in clocks.items():
             with torch.set_grad_enabled(key[1]):
                 best[key] = min(best.get(key, float("inf")), clock())
     Q = x.reference.shape[1]
     rows = []
-    for name in runs:
-        forward, both = best[name, False], best[name, True]
+    for name in errors:
+        forward_ms, both_ms = best[name, False], best[name, True]
         floor = floor_ms(Q, dtype.itemsize) if device == "cuda" else None
         rows.append(
             Row(
@@ -226,12 +165,12 @@ def measure(case: str, form: str, dtype: torch.dtype, arguments: argparse.Namesp
                 form,
                 name,
                 str(dtype).removeprefix("torch."),
-                forward,
-                both,
-                best["reference", False] / forward,
-                best["reference", True] / both,
-                tap_bytes(Q, dtype.itemsize) / forward / 1e6,
-                None if floor is None else floor / forward,
+                forward_ms,
+                both_ms,
+                best["reference", False] / forward_ms if "reference" in errors else None,
+                best["reference", True] / both_ms if "reference" in errors else None,
+                tap_bytes(Q, dtype.itemsize) / forward_ms / 1e6,
+                None if floor is None else floor / forward_ms,
                 *errors[name],
             )
         )
@@ -241,9 +180,10 @@ def measure(case: str, form: str, dtype: torch.dtype, arguments: argparse.Namesp
 def show(row: Row) -> str:
     """One line of the table."""
     floor = "     -" if row.floor_share is None else f"{row.floor_share:6.0%}"
+    ratios = ["      -" if x is None else f"{x:6.1f}x" for x in (row.forward_ratio, row.both_ratio)]
     columns = (
         f"{row.case:17} {row.form:8} {row.implementation:10} {row.dtype:9}",
-        f"{row.forward_ms:9.3f} {row.forward_ratio:6.1f}x {row.both_ms:9.3f} {row.both_ratio:6.1f}x",
+        f"{row.forward_ms:9.3f} {ratios[0]} {row.both_ms:9.3f} {ratios[1]}",
         f"{row.tap_gb_per_s:8.0f} {floor} {row.output_error:9.1e} {row.gradient_error:9.1e}",
     )
     return " ".join(columns)
@@ -292,16 +232,18 @@ def main() -> None:
         f"{'GB/s':>8} {'floor':>6} {'errors':>9}"
     )
     rows: list[Row] = []
+    failures: list[str] = []
     path = results_file("ms_deform_attn", about, "-busy" if arguments.busy else "")
     for case in CASES:
         for form in ("fused", "unfused"):
             for name in arguments.dtype:
-                found = measure(case, form, getattr(torch, name), arguments)
+                found = measure(case, form, getattr(torch, name), arguments, failures)
                 print(*map(show, found), sep="\n", flush=True)
                 rows += found
                 if not arguments.no_save:  # each time, lest an end of time or an error take all
                     RESULTS.mkdir(exist_ok=True)
-                    path.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+                    result = {**about, "left_out": failures, "rows": [asdict(row) for row in rows]}
+                    path.write_text(json.dumps(result, indent=1) + "\n")
     if not arguments.no_save:
         print("saved", path.name)
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import ms_deform_attn_cases as sizes
-from benchmarks.ms_deform_attn import Deterministic, machine, ours, prepare, results_file, step
+from benchmarks.ms_deform_attn import machine, prepare, results_file, step
 from benchmarks.ms_deform_attn_cases import CHANNELS, HEADS, POINTS, make_inputs
-from ops.cache import BackendUnavailableError
-from ops.ms_deform_attn import cuda
+from benchmarks.ms_deform_attn_peers import Deterministic, ours
+from ops.ms_deform_attn import cuda, cuda_compile
 from ops.ms_deform_attn.cuda_plan import TYPES, Plan, Signature, backward_plan, forward_plan
 
 CASES = ("encoder, grid", "decoder")
@@ -93,7 +93,7 @@ def compile_all(case: str, dtype: torch.dtype, architecture: int) -> None:
     """Print what the compiler says of each variant."""
     for what, variants in all_variants(case, dtype, LIMIT_KIB * 1024).items():
         for name, plan in variants:
-            report = cuda.compile_kernel(plan, architecture)[1]
+            report = cuda_compile.compile_kernel(plan, architecture).report
             registers, spills = (
                 re.search(r"Used (\d+) registers", report),
                 re.search(r"(\d+) bytes spill stores", report),
@@ -106,10 +106,10 @@ def compile_all(case: str, dtype: torch.dtype, architecture: int) -> None:
 
 def build_all(variants: dict[str, list[Variant]]) -> None:
     """Build the kernels with all processors; what fails is met again, and reported, when it is used."""
-    major, minor = torch.cuda.get_device_capability()
+    architecture = cuda_compile.architecture_for(torch.cuda.get_device_capability())
     plans = {variant.plan for group in variants.values() for variant in group}
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(cuda.cached_kernel, plan, 10 * major + minor) for plan in plans]:
+        for future in [pool.submit(cuda_compile.cached_kernel, plan, architecture) for plan in plans]:
             future.exception()
 
 
@@ -136,11 +136,19 @@ def measure(case: str, dtype: torch.dtype, rounds: int) -> list[dict[str, object
                         )
                     clock = prepare(call, "cuda", time.perf_counter)
                     best[name] = min(clock() for _ in range(rounds))
-                except (AssertionError, BackendUnavailableError) as error:
+                except (AssertionError, RuntimeError) as error:
                     print(f"{case}, {what}, {name}: {str(error).splitlines()[0]}")
         use("forward", None)
+        plans = dict(variants)
         rows += [
-            {"case": case, "what": what, "variant": name, "dtype": str(dtype).removeprefix("torch."), "us": 1e3 * ms}
+            {
+                "case": case,
+                "what": what,
+                "variant": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "us": 1e3 * ms,
+                "blocks": cuda.occupancy(plans[name], x.value.device),
+            }
             for name, ms in sorted(best.items(), key=lambda item: item[1])
         ]
     return rows
@@ -184,7 +192,8 @@ def main() -> None:
             for place, row in enumerate(group):
                 if place < arguments.top or row["variant"] == "default":
                     print(
-                        f"{case:14} {row['dtype']:9} {what!s:20} {place + 1:3}. {row['us']:8.1f} us  {row['variant']}",
+                        f"{case:14} {row['dtype']:9} {what!s:20} {place + 1:3}. {row['us']:8.1f} us, "
+                        f"{row['blocks']} blocks a multiprocessor  {row['variant']}",
                         flush=True,
                     )
     if rows:

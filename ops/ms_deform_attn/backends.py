@@ -7,7 +7,6 @@ from typing import Literal, get_args
 
 import torch
 
-from ops.cache import BackendUnavailableError
 from ops.ms_deform_attn import cpu, cuda
 from ops.native import compiler_command
 
@@ -57,14 +56,15 @@ def describe_backend(device: torch.device | str) -> str:
 def failure_of(name: str) -> str | None:
     """Why the backend cannot be used on this machine, None if it can; found out once."""
     if name not in _failures:
-        _failures[name] = None
+        failure = None
         try:
             if name == "cpu":
                 cpu.library()
             elif name == "cuda":
                 cuda.check()
-        except BackendUnavailableError as error:
-            _failures[name] = str(error)
+        except RuntimeError as error:  # BackendUnavailableError, or what PyTorch says of a device that does not start
+            failure = (str(error).splitlines() or [type(error).__name__])[0]
+        _failures[name] = failure
     return _failures[name]
 
 

@@ -5,9 +5,9 @@ Both come with PyTorch's CUDA packages, so that neither a CUDA toolkit nor a C++
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import addressof, c_void_p
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cache import BackendUnavailableError, cached_file, key_of
+from ops.cache import BackendUnavailableError
 from ops.ms_deform_attn.arguments import Arguments
+from ops.ms_deform_attn.cuda_compile import architecture_for, bindings, cached_kernel, checked, nvrtc_version
 from ops.ms_deform_attn.cuda_plan import (
     MAX_CHANNELS,
     MAX_SAMPLES,
     MAX_SIDE,
+    PLAIN_SHARED_BYTES,
     TYPES,
     Plan,
     Signature,
@@ -29,9 +31,6 @@ from ops.ms_deform_attn.cuda_plan import (
     lay_out,
 )
 
-SOURCES = Path(__file__).parent / "csrc"
-HEADERS = ("device.cuh", "samples.cuh")
-SHARED_MEMORY = "#define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]\n"
 LOWEST_CAPABILITY = (7, 5)
 FIXED_POINT_BITS = 61
 
@@ -53,8 +52,8 @@ def check() -> None:
 
 def describe(device: torch.device) -> str:
     """One line about the kernels for ``device``."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"kernels built by NVRTC {nvrtc_version()} for sm_{major}{minor} ({torch.cuda.get_device_name(device)})"
+    architecture = architecture_for(torch.cuda.get_device_capability(device))
+    return f"kernels built by NVRTC {nvrtc_version()} for sm_{architecture} ({torch.cuda.get_device_name(device)})"
 
 
 def supports(value: Tensor, spatial_shapes: Sequence[int], samples: Tensor) -> bool:
@@ -64,120 +63,62 @@ def supports(value: Tensor, spatial_shapes: Sequence[int], samples: Tensor) -> b
     return fits and value.shape[1] < 2**31 and samples.shape[0] * samples.shape[1] * samples.shape[2] < 2**31
 
 
-def _bindings() -> tuple[Any, Any]:
-    """The modules cuda.bindings.nvrtc and cuda.bindings.driver."""
-    try:
-        from cuda.bindings import driver, nvrtc
-    except ImportError as error:
-        raise BackendUnavailableError(f"cuda.bindings cannot be imported: {error}") from error
-    return nvrtc, driver
-
-
-def _checked(result: tuple[Any, ...]) -> Any:
-    """The values of a call of cuda.bindings, which come behind its status.
-
-    Raises:
-        BackendUnavailableError: the status is not success.
-    """
-    status, *values = result
-    if int(status) != 0:
-        raise BackendUnavailableError(f"{status.name} ({int(status)})")
-    return values[0] if len(values) == 1 else values
-
-
-@functools.cache
-def nvrtc_version() -> str:
-    """As ``13.2``.
-
-    Raises:
-        BackendUnavailableError: the library is not installed.
-    """
-    nvrtc, _ = _bindings()
-    try:
-        return ".".join(str(part) for part in _checked(nvrtc.nvrtcVersion()))
-    except RuntimeError as error:
-        raise BackendUnavailableError(f"NVRTC cannot be loaded: {error}") from error
-
-
-def compile_kernel(plan: Plan, architecture: int) -> tuple[bytes, str]:
-    """The binary of a kernel for one architecture (as 90), and the assembler's report on registers and spills.
-
-    Raises:
-        BackendUnavailableError: NVRTC is not installed, does not know the architecture, or fails.
-    """
-    nvrtc, _ = _bindings()
-    source = SHARED_MEMORY + f'#line 1 "{plan.source}"\n' + (SOURCES / plan.source).read_text()
-    headers = [(SOURCES / name).read_bytes() for name in HEADERS]
-    names = [name.encode() for name in HEADERS]
-    options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ptxas-options=-v"]
-    options += [f"-D{name}={value}" for name, value in plan.macros]
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), plan.source.encode(), len(headers), headers, names))
-    try:
-        status = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        report = log.decode(errors="replace").strip("\0 \n")
-        if int(status[0]) != 0:
-            errors = re.findall(r".*error.*", report) or [report or str(status[0])]
-            raise BackendUnavailableError(f"NVRTC for sm_{architecture}: {errors[0].strip()}")
-        binary = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-        _checked(nvrtc.nvrtcGetCUBIN(program, binary))
-    finally:
-        _checked(nvrtc.nvrtcDestroyProgram(program))
-    return binary, report
-
-
-def cached_kernel(plan: Plan, architecture: int) -> bytes:
-    """The binary of a kernel, compiled unless it has been before.
-
-    Raises:
-        BackendUnavailableError: as ``compile_kernel``.
-    """
-    sources = b"".join((SOURCES / name).read_bytes() for name in (*HEADERS, plan.source))
-    key = key_of(sources, SHARED_MEMORY, nvrtc_version(), str(architecture), *(f"{k}={v}" for k, v in plan.macros))
-    name = f"ms_deform_attn-{Path(plan.source).stem}-sm{architecture}-{key}.cubin"
-
-    def build(path: Path) -> None:
-        path.write_bytes(compile_kernel(plan, architecture)[0])
-
-    try:
-        return cached_file(name, build).read_bytes()
-    except OSError:  # no place to keep it: compiled once a process
-        return compile_kernel(plan, architecture)[0]
-
-
 @functools.cache
 def _context(device: int) -> Any:
     """The device's primary context, which PyTorch uses; a thread of autograd need not have made it current."""
-    _, driver = _bindings()
-    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
+    _, driver = bindings()
+    return checked(driver.cuDevicePrimaryCtxRetain(checked(driver.cuDeviceGet(device))))
 
 
 @functools.cache
 def _function(plan: Plan, device: int) -> Any:
     """The kernel loaded into the device's primary context, which PyTorch uses."""
-    _, driver = _bindings()
-    major, minor = torch.cuda.get_device_capability(device)
-    binary = cached_kernel(plan, 10 * major + minor)
+    _, driver = bindings()
+    binary = cached_kernel(plan, architecture_for(torch.cuda.get_device_capability(device)))
+    attributes = {driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: plan.shared_bytes}
+    if plan.shared_bytes > PLAIN_SHARED_BYTES:  # two blocks are meant to fit, whatever the driver would rather have
+        attributes[driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT] = 100
     with torch.cuda.device(device):
-        _checked(driver.cuCtxSetCurrent(_context(device)))
-        module = _checked(driver.cuModuleLoadData(binary))
-        name = f"ms_deform_attn_{Path(plan.source).stem}"
-        function = _checked(driver.cuModuleGetFunction(module, name.encode()))
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, attribute, plan.shared_bytes))
+        checked(driver.cuCtxSetCurrent(_context(device)))
+        with _while_capturing(driver):
+            module = checked(driver.cuModuleLoadData(binary))
+            name = f"ms_deform_attn_{Path(plan.source).stem}"
+            function = checked(driver.cuModuleGetFunction(module, name.encode()))
+            for attribute, wanted in attributes.items():
+                checked(driver.cuFuncSetAttribute(function, attribute, wanted))
     return function
+
+
+@contextlib.contextmanager
+def _while_capturing(driver: Any) -> Iterator[None]:
+    """Allow this thread what a graph's capture forbids by default: loading a kernel is no work of a stream."""
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = checked(driver.cuThreadExchangeStreamCaptureMode(mode))
+    try:
+        yield
+    finally:
+        checked(driver.cuThreadExchangeStreamCaptureMode(before))
+
+
+def occupancy(plan: Plan, device: torch.device) -> int:
+    """Blocks of a kernel that a multiprocessor of the device has room for at a time."""
+    _, driver = bindings()
+    function = _function(plan, device.index)
+    with torch.cuda.device(device):
+        return int(
+            checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, plan.threads, plan.shared_bytes))
+        )
 
 
 def launch(plan: Plan, problem: Any, blocks: int, device: torch.device) -> None:
     """Queue a kernel on the device's current stream."""
-    _, driver = _bindings()
+    _, driver = bindings()
     function = _function(plan, device.index)
     arguments = (c_void_p * 1)(addressof(problem))
     with torch.cuda.device(device):
-        _checked(driver.cuCtxSetCurrent(_context(device.index)))
+        checked(driver.cuCtxSetCurrent(_context(device.index)))
         stream = torch.cuda.current_stream(device).cuda_stream
-        _checked(
+        checked(
             driver.cuLaunchKernel(
                 function, blocks, 1, 1, plan.threads, 1, 1, plan.shared_bytes, stream, addressof(arguments), 0
             )
@@ -187,7 +128,8 @@ def launch(plan: Plan, problem: Any, blocks: int, device: torch.device) -> None:
 @functools.cache
 def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that a block may have on a device."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # not all stubs name this one
+    return int(properties.shared_memory_per_block_optin)
 
 
 def forward(arguments: Arguments) -> Tensor:

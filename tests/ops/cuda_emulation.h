@@ -124,6 +124,8 @@ inline unsigned short to_half(float x) {
 
 inline void __syncthreads() { emulation::wait(emulation::block, static_cast<int>(emulation::fibers.size())); }
 
+inline void __syncwarp() { emulation::wait(emulation::warps[threadIdx.x / 32], 32); }
+
 template <class T> inline T __shfl_xor_sync(unsigned, T x, int step) {
   static_assert(sizeof(T) == sizeof(float), "32-bit values only");
   auto& warp = emulation::warps[threadIdx.x / 32];

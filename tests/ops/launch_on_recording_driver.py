@@ -19,7 +19,8 @@ class Recording(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("retained", "loaded", "launches")),
-        *((name, ctypes.c_uint64) for name in ("current", "attribute", "attribute_value", "stream", "extra")),
+        *((name, ctypes.c_uint64) for name in ("current", "largest_shared", "carve_out", "stream", "extra")),
+        ("capture_mode", ctypes.c_int64),
         ("grid", ctypes.c_uint64 * 3),
         ("block", ctypes.c_uint64 * 3),
         ("shared", ctypes.c_uint64),
@@ -43,7 +44,8 @@ def main() -> None:
     assert (seen.retained, seen.loaded, seen.launches) == (1, 1, 2)  # context and module are kept
     assert seen.current == 0xC000 + 41
     assert seen.name == b"ms_deform_attn_backward"
-    assert (seen.attribute, seen.attribute_value) == (8, plan.shared_bytes)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+    assert (seen.largest_shared, seen.carve_out) == (plan.shared_bytes, 100)  # per cent: two blocks are to fit
+    assert seen.capture_mode == 0  # GLOBAL again, in which the driver refuses to load
     assert (list(seen.grid), list(seen.block)) == ([blocks, 1, 1], [plan.threads, 1, 1])
     assert (seen.shared, seen.stream, seen.extra) == (plan.shared_bytes, 0x57, 0)
     size = ctypes.sizeof(problem)

@@ -1,4 +1,5 @@
-// Stands in for the CUDA driver where there is none: says yes to everything and keeps what it was asked last.
+// Stands in for the CUDA driver where there is none, while a graph is captured: refuses what a capture forbids, says yes
+// to the rest, and keeps what it was asked last.
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -7,7 +8,8 @@
 extern "C" {
 struct Recording {
   int64_t retained, loaded, launches;
-  uint64_t current, attribute, attribute_value, stream, extra;
+  uint64_t current, largest_shared, carve_out, stream, extra;
+  int64_t capture_mode;
   uint64_t grid[3], block[3], shared;
   char name[64];
   char parameter[512];
@@ -23,6 +25,7 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
 }
 int cuCtxSetCurrent(void* context) { return recording.current = reinterpret_cast<uint64_t>(context), 0; }
 int cuModuleLoadData(void** module, const void* image) {
+  if (recording.capture_mode != 2) return 900;                     // CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
   if (std::memcmp(image, "\x7f" "ELF", 4) != 0) return 200;  // CUDA_ERROR_INVALID_IMAGE
   ++recording.loaded;
   *module = &recording.loaded;
@@ -35,8 +38,14 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
   return 0;
 }
 int cuFuncSetAttribute(void* function, int attribute, int value) {
-  recording.attribute = attribute, recording.attribute_value = value;
+  if (attribute == 8) recording.largest_shared = value;  // MAX_DYNAMIC_SHARED_SIZE_BYTES
+  if (attribute == 9) recording.carve_out = value;       // PREFERRED_SHARED_MEMORY_CARVEOUT
   return function == recording.name ? 0 : 400;
+}
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  const int before = static_cast<int>(recording.capture_mode);
+  recording.capture_mode = *mode, *mode = before;
+  return 0;
 }
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void* stream, void** parameters, void** extra) {

@@ -7,21 +7,25 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from deform_cases import make_case
 
-from ops.cache import BackendUnavailableError, cache_folder, cached_file, key_of
+from ops.cache import DIGEST_BYTES, BackendUnavailableError, cache_folder, cached_file, key_of
 from ops.ms_deform_attn import (
     available_backends,
     backends,
     cpu,
+    cuda,
     describe_backend,
     fused_ms_deform_attn,
     set_default_backend,
 )
+from ops.native import load_library
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -92,6 +96,22 @@ def test_a_compiler_that_fails_is_quoted(fresh: pytest.MonkeyPatch, tmp_path: Pa
     assert not list((tmp_path / "cache").glob("*"))
 
 
+def test_a_check_that_fails_does_not_count_as_working(fresh: pytest.MonkeyPatch) -> None:
+    """Whatever it fails with: what is no RuntimeError is passed on, and the next call asks again."""
+    errors = [MemoryError("first"), RuntimeError("CUDA error: unknown error\nCUDA kernel errors might be ...")]
+
+    def check() -> None:
+        raise errors.pop(0)
+
+    fresh.setattr(cuda, "check", check)
+    with pytest.raises(MemoryError):
+        available_backends()
+    assert available_backends()["cuda"] == "CUDA error: unknown error"
+    assert available_backends()["cuda"] == "CUDA error: unknown error"
+    with pytest.raises(ValueError, match=r"backend 'cuda'.*unknown error"):
+        set_default_backend("cuda")
+
+
 def test_the_default_can_be_set(fresh: pytest.MonkeyPatch) -> None:
     assert backends.resolve("auto", "meta", False) == "reference"
     set_default_backend("reference")
@@ -152,6 +172,76 @@ def test_cached_file_is_built_once_and_whole_or_not_at_all(tmp_path: Path, monke
     with pytest.raises(BackendUnavailableError):
         cached_file("kernel", build)
     assert list(cache_folder().iterdir()) == []
-    assert cached_file("kernel", build).read_text() == "whole"
-    assert cached_file("kernel", build).read_text() == "whole"
+    assert built_text("kernel", build) == "whole"
+    assert built_text("kernel", build) == "whole"
     assert len(builds) == 2
+
+
+def built_text(name: str, build: Callable[[Path], None]) -> str:
+    return cached_file(name, build).read_bytes()[:-DIGEST_BYTES].decode()
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000, 1031])
+def test_a_cached_file_that_was_cut_short_is_built_again(
+    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALIGN_DETR_CACHE", str(tmp_path))
+    builds = []
+
+    def build(path: Path) -> None:
+        builds.append(path)
+        path.write_text("k" * 1000)
+
+    path = cached_file("kernel", build)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert built_text("kernel", build) == built_text("kernel", build) == "k" * 1000
+    assert len(builds) == 2
+
+
+@pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no C++ compiler")
+def test_a_library_that_was_cut_short_is_built_again(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source, cache = tmp_path / "answer.cpp", tmp_path / "cache"
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    fresh.setenv("ALIGN_DETR_CACHE", str(cache))
+    cache.mkdir()
+    load_library("answer", source, (), ("-O1",))
+    (path,) = cache.glob("answer-*.so")
+    content = path.read_bytes()
+    path.unlink()  # this process still has the first one loaded
+    path.write_bytes(content[:5000])
+    assert load_library("answer", source, (), ("-O1",)).answer() == 42
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("trouble", ["no home folder", "a file in the way"])
+def test_without_a_cache_folder_files_live_as_long_as_the_process(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")  # what pathlib says without HOME and user
+
+    if trouble == "no home folder":
+        monkeypatch.delenv("ALIGN_DETR_CACHE", raising=False)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("ALIGN_DETR_CACHE", str(tmp_path / "file"))
+    builds = []
+
+    def build(path: Path) -> None:
+        builds.append(path)
+        path.write_text(trouble)
+
+    name = f"kernel-{tmp_path.name}"
+    path = cached_file(name, build)
+    assert path == cached_file(name, build)
+    assert built_text(name, build) == trouble
+    assert len(builds) == 1
+    assert str(path).startswith(tempfile.gettempdir())
+
+    def fail(path: Path) -> None:
+        raise BackendUnavailableError("too old")
+
+    with pytest.raises(BackendUnavailableError, match="too old"):
+        cached_file(f"{name}-2", fail)

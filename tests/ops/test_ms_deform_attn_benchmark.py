@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks import ms_deform_attn as benchmark
-from benchmarks import ms_deform_attn_cases, tune_ms_deform_attn
-from ops.ms_deform_attn import available_backends
+from benchmarks import ms_deform_attn_cases, ms_deform_attn_peers, tune_ms_deform_attn
+from ops.ms_deform_attn import available_backends, ms_deform_attn
 
 
 def test_benchmark_at_a_small_size(
@@ -44,7 +45,36 @@ def test_benchmark_at_a_small_size(
         assert row["floor_share"] is None
     printed = capsys.readouterr().out
     assert path.name in printed
-    assert "decoder, unfused, math:dist, torch.bfloat16: dist expected 2 arguments" in printed  # left out, no more
+    assert "left out: decoder, unfused, math:dist, torch.bfloat16: dist expected 2 arguments" in printed  # and no more
+    assert len(result["left_out"]) == 3 * 2
+
+
+def picky_peer(*tensors: torch.Tensor) -> torch.Tensor:
+    """One that wants one dtype, as most do."""
+    value, shapes, starts, locations, weights = tensors
+    assert starts.tolist() == [0, 42]
+    assert weights.dtype == value.dtype
+    return ms_deform_attn(value, [(h, w) for h, w in shapes.tolist()], locations, weights, backend="reference")
+
+
+def test_a_reference_that_fails_ends_nothing_and_peers_get_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ours(form: str, backend: str) -> benchmark.Run:
+        def fail(x: ms_deform_attn_cases.Inputs) -> torch.Tensor:
+            raise torch.OutOfMemoryError("no room\nat all")
+
+        return fail if backend == "reference" else benchmark.ours(form, backend)
+
+    monkeypatch.setattr(ms_deform_attn_peers, "ours", ours)
+    monkeypatch.setattr(ms_deform_attn_cases, "SHAPES", [(6, 7), (3, 4)])
+    arguments = argparse.Namespace(
+        device="cpu", busy=False, rounds=1, peer=["test_ms_deform_attn_benchmark:picky_peer"]
+    )
+    failures: list[str] = []
+    rows = benchmark.measure("encoder, grid", "unfused", torch.bfloat16, arguments, failures)
+    assert failures == ["encoder, grid, unfused, reference, torch.bfloat16: no room"]
+    assert rows[-1].implementation == "test_ms_deform_attn_benchmark:picky_peer"
+    assert all(row.forward_ratio is None and row.output_error < 1e-2 for row in rows)
+    assert "      -" in benchmark.show(rows[0])
 
 
 @pytest.mark.parametrize("case", tune_ms_deform_attn.CASES)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.ms_deform_attn import available_backends, cuda
+from ops.cache import BackendUnavailableError
+from ops.ms_deform_attn import available_backends, cuda, cuda_compile
 from ops.ms_deform_attn.cuda_plan import Plan, Signature, backward_plan, forward_plan
 from ops.native import compile_shared, compiler_command
 
@@ -25,7 +26,7 @@ MODEL = Signature(value_type=0, sample_type=0, channels=32, levels=4, points=4, 
 
 def has_nvrtc() -> bool:
     try:
-        cuda.nvrtc_version()
+        cuda_compile.nvrtc_version()
     except RuntimeError:
         return False
     return True
@@ -33,7 +34,7 @@ def has_nvrtc() -> bool:
 
 def registers(plan: Plan, architecture: int) -> int:
     """Compile, hold that nothing is spilled, and return the registers of a thread."""
-    binary, report = cuda.compile_kernel(plan, architecture)
+    binary, _, report = cuda_compile.compile_kernel(plan, architecture)
     assert binary[:4] == b"\x7fELF"
     assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
     assert re.search(r"\b0 bytes stack frame", report), report
@@ -96,7 +97,7 @@ def test_limits_of_the_kernels() -> None:
 def test_launch_reaches_the_driver_as_meant(tmp_path: Path) -> None:
     """Through the real cuda.bindings to a library in the place of the driver."""
     plan = backward_plan(Signature(0, 0, 32, 4, 4, 2, True), 227 * 1024, False)
-    cuda.cached_kernel(plan, 90)  # NVRTC asks the driver for more than the library has
+    cuda_compile.cached_kernel(plan, 90)  # NVRTC asks the driver for more than the library has
     compile_shared(
         compiler_command(), ("-fPIC", "-shared", "-ldl"), HERE / "recording_driver.cpp", tmp_path / "libcuda.so.1"
     )
@@ -105,6 +106,27 @@ def test_launch_reaches_the_driver_as_meant(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "CUDA_ERROR_INVALID_VALUE (1)\n"
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="NVRTC is not installed")
+def test_a_newer_architecture_takes_the_binary_of_an_older_one() -> None:
+    """Within a major number; what the compiler knows none for is a failure with a reason."""
+    assert cuda_compile.architecture_for((9, 0)) == 90
+    assert cuda_compile.architecture_for((8, 8)) >= 87
+    newest = cuda_compile.architectures()[-1]
+    assert cuda_compile.architecture_for((newest // 10, 9)) == newest
+    with pytest.raises(BackendUnavailableError, match=r"does not know compute capability 55\.0"):
+        cuda_compile.architecture_for((55, 0))
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="NVRTC is not installed")
+def test_a_binary_that_was_cut_short_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGN_DETR_CACHE", str(tmp_path))
+    plan = forward_plan(MODEL)
+    binary = cuda_compile.cached_kernel(plan, 90)
+    (path,) = tmp_path.glob("*.cubin")
+    path.write_bytes(b"")
+    assert cuda_compile.cached_kernel(plan, 90) == binary
 
 
 def test_a_machine_without_a_gpu_says_so() -> None:

@@ -13,7 +13,7 @@ from deform_cases import TOLERANCE, Case, close, make_case, make_pyramid
 from torch import Tensor
 
 from ops.cache import cached_file, key_of
-from ops.ms_deform_attn import available_backends, cuda, fused_ms_deform_attn, ms_deform_attn
+from ops.ms_deform_attn import available_backends, cuda, cuda_compile, fused_ms_deform_attn, ms_deform_attn
 from ops.ms_deform_attn.arguments import Arguments
 from ops.ms_deform_attn.cuda_plan import Plan, Signature, backward_plan
 from ops.native import compile_shared, compiler_command
@@ -33,13 +33,16 @@ def emulated(plan: Plan) -> Callable[..., int]:
         f"  emulation::run([&] {{ {kernel}(*p); }}, blocks, THREADS, bytes, order);\n"
         "  return emulation::adds;\n}\n"
     )
-    headers = [HERE / "cuda_emulation.h", *(cuda.SOURCES / name for name in (*cuda.HEADERS, plan.source))]
+    headers = [
+        HERE / "cuda_emulation.h",
+        *(cuda_compile.SOURCES / name for name in (*cuda_compile.HEADERS, plan.source)),
+    ]
     key = key_of(program, *(path.read_bytes() for path in headers))
 
     def build(output: Path) -> None:
         source = output.with_suffix(".cpp")
         source.write_text(program)
-        flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{HERE}", f"-I{cuda.SOURCES}")
+        flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{HERE}", f"-I{cuda_compile.SOURCES}")
         compile_shared(compiler_command(), flags, source, output)
 
     run: Callable[..., int] = ctypes.CDLL(str(cached_file(f"emulated-{key}.so", build))).run

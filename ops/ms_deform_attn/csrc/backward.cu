@@ -118,7 +118,8 @@ __device__ inline void locate_all(const Problem& p, const Block& block, const Sh
   }
 }
 
-// The sums of four numbers over LANES lanes, written to four floats by some of these lanes.
+// The sums of four numbers over LANES lanes, written to four floats by some of these lanes: over what the other lanes
+// have read of the sample, for which shuffles alone are no order.
 __device__ inline void sum_over_lanes(float* x, unsigned lane, bool used, float* to) {
   if constexpr (LANES >= 4) {
     // Half of the numbers stay with half of the lanes, twice; then there is one left.
@@ -129,12 +130,14 @@ __device__ inline void sum_over_lanes(float* x, unsigned lane, bool used, float*
     float sum = (upper ? b : a) + __shfl_xor_sync(0xffffffffu, upper ? a : b, 2);
 #pragma unroll
     for (int step = 4; step < LANES; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    __syncwarp();
     if (used && lane < 4) to[2 * (lane & 1) + (lane >> 1)] = sum;
   } else {
 #pragma unroll
     for (int step = 1; step < LANES; step *= 2)
 #pragma unroll
       for (int tap = 0; tap < 4; ++tap) x[tap] += __shfl_xor_sync(0xffffffffu, x[tap], step);
+    __syncwarp();
     if (used && lane == 0)
       for (int tap = 0; tap < 4; ++tap) to[tap] = x[tap];
   }
