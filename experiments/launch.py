@@ -1,39 +1,33 @@
-"""Running the runs of a sweep as processes of their own, some at a time, with progress over the whole."""
+"""Running the runs of a sweep as processes of their own, some at a time."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
+import queue
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from engine.records import read_metrics
-from engine.runs.run_directory import METRICS
 from experiments.plan import STATE_DIRECTORY, Plan, PlannedRun
-from experiments.progress import Length, seconds_left
-from experiments.runs import State, read_run
+from experiments.runs import read_run
 
-POLL_SECONDS = 0.2
-REPORT_SECONDS = 30.0
-"""Between lines of progress."""
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """The variable that tells torchrun (of torch 2.12 or later) how many seconds to wait for its processes to stop."""
 SECONDS_TO_STOP = 600
-"""The default for runs that are started here: nobody has set a time limit, and a checkpoint may be large."""
+"""Default of that variable for runs that are started here: there is no time limit, and a checkpoint may be large."""
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Launch(NamedTuple):
@@ -42,13 +36,13 @@ class Launch(NamedTuple):
     main: Path
     """The program, main.py."""
     processes: int = 1
-    """Of each run; more than one are started by torchrun."""
+    """Number of processes of each run; more than one are started by torchrun."""
     jobs: int = 1
-    """Runs at the same time."""
+    """Number of runs at the same time."""
 
 
 def command(plan: Plan, run: PlannedRun, launch: Launch, *, for_people: bool = False) -> list[str]:
-    """The command line of one run; it goes on where the run was interrupted.
+    """Make the command line of one run, which goes on where the run was interrupted.
 
     Args:
         plan: the sweep.
@@ -56,10 +50,9 @@ def command(plan: Plan, run: PlannedRun, launch: Launch, *, for_people: bool = F
         launch: how it is started.
         for_people: with the names of programs instead of the path of this interpreter.
     """
-    python = "python" if for_people else sys.executable
-    start = [python]
+    start = ["python"] if for_people else [sys.executable]
     if launch.processes > 1:
-        start = ["torchrun"] if for_people else [python, "-m", "torch.distributed.run"]
+        start = ["torchrun"] if for_people else [*start, "-m", "torch.distributed.run"]
         # Its own rendezvous: several may run on one machine at a time.
         start += ["--standalone", "--nproc-per-node", str(launch.processes)]
     arguments = ["--cfg", str(plan.cfg), *run.overrides, f"output_dir={plan.directory(run)}", "--resume", "auto"]
@@ -67,208 +60,155 @@ def command(plan: Plan, run: PlannedRun, launch: Launch, *, for_people: bool = F
 
 
 def shell_line(plan: Plan, run: PlannedRun, launch: Launch) -> str:
-    """:func:`command` as one line of shell."""
+    """Write :func:`command` as one line of shell."""
     return shlex.join(command(plan, run, launch, for_people=True))
 
 
-class _Job(NamedTuple):
-    run: PlannedRun
-    process: subprocess.Popen[bytes]
-    began: float
-    slot: int
+@contextlib.contextmanager
+def claimed(plan: Plan) -> Iterator[None]:
+    """Hold a sweep, so that no other process starts its runs.
+
+    Raises:
+        ValueError: another process is working on this sweep.
+    """
+    (plan.out / STATE_DIRECTORY).mkdir(parents=True, exist_ok=True)
+    with (plan.out / STATE_DIRECTORY / "lock").open("w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{plan.out}: another process is working on this sweep") from error
+        yield
 
 
 class Launcher:
-    """Starts what is missing of a sweep, and keeps going when a run fails."""
+    """Starts runs of a sweep, and keeps going when one fails."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        launch: Launch,
-        say: Callable[[str], None] = print,
-        lengths: Mapping[str, Length | None] | None = None,
-    ) -> None:
+    def __init__(self, plan: Plan, launch: Launch, say: Callable[[str], None] = print) -> None:
         """Prepare; nothing is started yet.
 
         Args:
             plan: the sweep.
             launch: how its runs are started.
             say: is given lines of progress.
-            lengths: planned length of the runs by their names; where one is missing, there is no ETA.
         """
-        self.plan, self.launch, self._print = plan, launch, say
-        self.lengths = lengths or {}
+        self.plan, self.launch, self._say = plan, launch, say
         self.failed: list[PlannedRun] = []
-        self._stop = 0
-        self._jobs: list[_Job] = []
-        self._pending: list[PlannedRun] = []
-        self._elsewhere: list[PlannedRun] = []
-        self._reported = 0.0
+        self._stop = self._started = self._done = self._total = 0
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()  # of _running: a signal reaches every process, and each once
+        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def say(self, text: str) -> None:
-        """A line of progress; the sweep goes on where nobody listens any more, as after the end of a terminal."""
+        """Print a line of progress; the sweep goes on where nobody listens any more, as after a terminal's end."""
         with contextlib.suppress(OSError):
-            self._print(text)
+            self._say(text)
 
-    def run(self) -> int:
-        """Run everything that is not done yet.
+    def run(self, runs: Sequence[PlannedRun]) -> int:
+        """Run what is not done of these runs.
 
         Returns:
-            0 if all runs are done now, 1 if some have failed or are run by another process, 128 + the signal's number
-            if it was stopped.
-
-        Raises:
-            ValueError: another process is working on this sweep.
+            0 if all are done now, 1 if some have failed or are run by another process, 128 + the signal's number if it
+            was stopped.
         """
-        lock = self._claim()
+        missing = [run for run in runs if self._state(run) != "done"]
+        self._total = len(runs)
+        self._started = self._done = len(runs) - len(missing)
+        if self._done:
+            self.say(f"{self._done} of {self._total} runs are done already")
+        for slot in range(self.launch.jobs):
+            self._slots.put(slot)
         # What is ignored stays so: with nohup, the sweep is to go on after the end of the terminal.
         heard = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
         handlers = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
-            return self._run()
+            with ThreadPoolExecutor(self.launch.jobs) as pool:
+                list(pool.map(self._run, missing))
         finally:
-            for job in self._jobs:
-                job.process.kill()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            os.close(lock)
-
-    def _claim(self) -> int:
-        try:
-            (self.plan.out / STATE_DIRECTORY).mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.plan.out / STATE_DIRECTORY / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ValueError(f"{self.plan.out} cannot be written: {error.strerror}") from error
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            raise ValueError(f"{self.plan.out}: another process is working on this sweep") from error
-        return lock
+        if self._stop:
+            self.say(f"stopped by {signal.Signals(self._stop).name}; the same command goes on")
+            return 128 + self._stop
+        return 0 if self._done == self._total else 1
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ask the runs to stop in good order, once: another signal would keep torchrun from waiting for its own."""
         if not self._stop:
             self._stop = number
-            for job in self._jobs:
-                self._ask_to_stop(job)
+            with self._lock:
+                for process in self._running:
+                    # The runs know no SIGHUP: they have no terminal to lose.
+                    process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    def _ask_to_stop(self, job: _Job) -> None:
-        # The runs know no SIGHUP: they have no terminal to lose.
-        job.process.send_signal(signal.SIGTERM if self._stop == signal.SIGHUP else self._stop)
-
-    def _run(self) -> int:
-        self._pending = [run for run in self.plan.runs if self._state(run) != "done"]
-        self._done = len(self.plan.runs) - len(self._pending)
-        if self._done:
-            self.say(f"{self._done} of {len(self.plan.runs)} runs are done already")
-        while (self._pending and not self._stop) or self._jobs:
-            while self._pending and not self._stop and len(self._jobs) < self.launch.jobs:
-                self._start(self._pending.pop(0))
-            time.sleep(POLL_SECONDS)
-            for job in [job for job in self._jobs if job.process.poll() is not None]:
-                self._jobs.remove(job)
-                self._finish(job)
-            self._report()
-        if self._stop:
-            self.say(f"stopped by {signal.Signals(self._stop).name}; the same command goes on")
-            return 128 + self._stop
-        return 1 if self.failed or self._elsewhere else 0
-
-    def _state(self, run: PlannedRun) -> State:
+    def _state(self, run: PlannedRun) -> str:
         return read_run(self.plan.directory(run), self.plan.outcome_file(run)).state
 
-    def _start(self, run: PlannedRun) -> None:
+    def _run(self, run: PlannedRun) -> None:
+        """Run one and note how it ended."""
         if self._state(run) == "running":
-            self._elsewhere.append(run)
             self.say(f"{run.name}: left out, another process is running it; call again when it has ended")
             return
-        slot = next(i for i in range(self.launch.jobs) if i not in {job.slot for job in self._jobs})
-        number = self._done + len(self.failed) + len(self._elsewhere) + len(self._jobs) + 1
-        self.plan.outcome_file(run).unlink(missing_ok=True)
-        with self.plan.log_file(run).open("ab") as log:
+        began, slot = time.monotonic(), self._slots.get()
+        try:
+            process = self._start(run, slot)
+            if process is None:
+                return
+            code = process.wait()
+            with self._lock:
+                self._running.remove(process)
+        finally:
+            self._slots.put(slot)
+        code = 128 - code if code < 0 else code
+        stopped = bool(self._stop) and code != 0
+        message = "" if code == 0 else last_words(self.plan.log_file(run))
+        took = duration(time.monotonic() - began)
+        outcome = {"exit_code": code, "message": message, "stopped": stopped}
+        self.plan.outcome_file(run).write_text(json.dumps(outcome) + "\n", encoding="utf-8")
+        if stopped:
+            self.say(f"{run.name}: stopped after {took}")
+        elif code:
+            self.failed.append(run)
+            self.say(f"{run.name}: FAILED after {took}: {message}")
+        else:
+            self._done += 1
+            evals = read_run(self.plan.directory(run)).evals
+            result = f", AP {evals[-1]['AP']:.2f}" if evals and evals[-1].get("AP") is not None else ""
+            self.say(f"{run.name}: done in {took}{result}; {self._done} of {self._total} done")
+
+    def _start(self, run: PlannedRun, slot: int) -> subprocess.Popen[bytes] | None:
+        """Start a process, unless the sweep has been told to stop."""
+        log = self.plan.log_file(run)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock, log.open("ab") as output:
+            if self._stop:
+                return None
+            self.plan.outcome_file(run).unlink(missing_ok=True)
             # In a session of its own, so that Ctrl-C reaches it once, from here.
             process = subprocess.Popen(
-                command(self.plan, run, self.launch),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment(slot),
-                start_new_session=True,
-                preexec_fn=_end_with_parent if _LIBC is not None else None,
-            )
-        self._jobs.append(_Job(run, process, time.monotonic(), slot))
-        if self._stop:  # between the start and the line above, when the signal's handler did not know of the run
-            self._ask_to_stop(self._jobs[-1])
-        self.say(f"[{number}/{len(self.plan.runs)}] {run.name}: started, log in {self.plan.log_file(run)}")
+                command(self.plan, run, self.launch), stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, env=self._environment(slot), start_new_session=True,
+            )  # fmt: skip
+            self._running.add(process)
+            self._started += 1
+            self.say(f"[{self._started}/{self._total}] {run.name}: started, log in {log}")
+        return process
 
     def _environment(self, slot: int) -> dict[str, str]:
         """Runs side by side share the cores, and each has GPUs of its own."""
-        environment = dict(os.environ)
+        environment, jobs, processes = dict(os.environ), self.launch.jobs, self.launch.processes
         environment.setdefault(SHUTDOWN_TIMEOUT, str(SECONDS_TO_STOP))
-        if self.launch.jobs > 1:
+        if jobs > 1:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // (self.launch.jobs * self.launch.processes))))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // (jobs * processes))))
             if visible := environment.get("CUDA_VISIBLE_DEVICES"):
                 devices = visible.split(",")
-                own = [devices[(slot * self.launch.processes + i) % len(devices)] for i in range(self.launch.processes)]
+                own = [devices[(slot * processes + i) % len(devices)] for i in range(processes)]
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(own))
         return environment
 
-    def _finish(self, job: _Job) -> None:
-        seconds = time.monotonic() - job.began
-        code = job.process.returncode
-        code = 128 - code if code < 0 else code
-        stopped = bool(self._stop) and code != 0
-        message = "" if code == 0 else last_words(self.plan.log_file(job.run))
-        outcome = {"exit_code": code, "message": message, "seconds": round(seconds, 1), "stopped": stopped}
-        self.plan.outcome_file(job.run).write_text(json.dumps(outcome) + "\n", encoding="utf-8")
-        if stopped:
-            self.say(f"{job.run.name}: stopped after {duration(seconds)}")
-            return
-        if code == 0:
-            self._done += 1
-            _, evals = read_metrics(self.plan.directory(job.run) / METRICS)
-            result = f", AP {evals[-1]['AP']:.2f}" if evals and evals[-1].get("AP") is not None else ""
-            words = f"done in {duration(seconds)}{result}"
-        else:
-            self.failed.append(job.run)
-            words = f"FAILED after {duration(seconds)}: {message}"
-        self.say(f"{job.run.name}: {words}; {self._summary()}")
-
-    def _report(self) -> None:
-        """A line of progress now and then."""
-        if not self._jobs or time.monotonic() - max(self._reported, self._jobs[0].began) < REPORT_SECONDS:
-            return
-        self._reported = time.monotonic()
-        parts = []
-        for job in self._jobs:
-            train, _ = read_metrics(self.plan.directory(job.run) / METRICS)
-            at = f"epoch {train[-1]['epoch']:.2f}, loss {train[-1].get('loss') or float('nan'):.3f}" if train else "…"
-            parts.append(f"{job.run.name} ({at})")
-        self.say(f"running {', '.join(parts)}; {self._summary()}")
-
-    def _summary(self) -> str:
-        failed = f", {len(self.failed)} failed" if self.failed else ""
-        text = f"{self._done} of {len(self.plan.runs)} done{failed}"
-        names = [job.run.name for job in self._jobs] + [run.name for run in self._pending]
-        if not names:
-            return text
-        runs = {run.name: read_run(self.plan.directory(run)) for run in self.plan.runs}
-        left = seconds_left(
-            list(runs.values()), [(runs[name], self.lengths.get(name)) for name in names], self.launch.jobs
-        )
-        return f"{text}, ETA {'unknown' if left is None else duration(left)}"
-
-
-def _end_with_parent() -> None:
-    """In a new process, before its program starts: have it told to stop should the launcher be killed."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
 
 def last_words(log: Path) -> str:
-    """The last error of a log, or its last line."""
+    """Find the last error of a log, or its last line."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -279,13 +219,13 @@ def last_words(log: Path) -> str:
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss."""
+    """Write a time as h:mm:ss."""
     whole = int(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def describe(plan: Plan) -> Sequence[str]:
-    """One line for each run, with its state."""
+    """Make one line for each run, with its state."""
     width = max(len(run.name) for run in plan.runs)
     lines = []
     for run in plan.runs:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,15 +35,6 @@ class Run(NamedTuple):
     environment: dict[str, Any]
     """Of the last start; empty if unknown."""
 
-    @property
-    def seconds(self) -> float:
-        """Time spent on training steps and evaluations, as logged."""
-        spent, before = 0.0, 0
-        for record in self.train:
-            spent += record.get("seconds_per_step", 0.0) * (record["step"] - before)
-            before = record["step"]
-        return spent + sum(record.get("seconds", 0.0) for record in self.evals)
-
 
 def read_run(directory: Path, outcome_file: Path | None = None) -> Run:
     """Read a run directory; whatever is missing or half-written in it counts as absent.
@@ -52,10 +44,10 @@ def read_run(directory: Path, outcome_file: Path | None = None) -> Run:
         outcome_file: where a sweep notes how the run last ended.
     """
     train, evals = read_metrics(directory / METRICS)
-    config = _read_yaml(directory / CONFIG)
-    outcome = _read_json(outcome_file) if outcome_file is not None else {}
+    config = _read_mapping(directory / CONFIG, yaml.safe_load)
+    outcome = _read_mapping(outcome_file, json.loads) if outcome_file is not None else {}
     state: State
-    if is_finished(train, evals):
+    if is_finished(config, train, evals):
         state = "done"
     elif is_running(directory):
         state = "running"
@@ -84,11 +76,13 @@ def is_running(directory: Path) -> bool:
     return False
 
 
-def is_finished(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> bool:
-    """Whether the last step is logged (nothing remains after it) and has been evaluated."""
-    if not train or not evals:
+def is_finished(config: Mapping[str, Any], train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> bool:
+    """Tell whether the last step of the configured schedule is logged and has been evaluated."""
+    schedule = config.get("schedule") or {}
+    unit, length = ("epoch", schedule.get("epochs")) if schedule.get("steps") is None else ("step", schedule["steps"])
+    if length is None or not train or not evals:
         return False
-    return train[-1].get("eta_seconds") == 0 and evals[-1]["step"] == train[-1]["step"]
+    return train[-1].get(unit, 0) >= length and evals[-1]["step"] == train[-1]["step"]
 
 
 def is_run(directory: Path) -> bool:
@@ -103,17 +97,9 @@ def find_runs(directory: Path) -> list[Path]:
     return [path for path in sorted(directory.iterdir()) if path.is_dir() and is_run(path)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}

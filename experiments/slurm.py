@@ -1,41 +1,36 @@
-"""A sweep as a SLURM job array: each element is one run."""
+"""A sweep as a SLURM job array: each element is one run, started by `python -m tools.sweep --run NAME`."""
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.launch import SHUTDOWN_TIMEOUT, Launch, command
+from experiments.launch import SHUTDOWN_TIMEOUT, Launch
 from experiments.plan import STATE_DIRECTORY, Plan, PlannedRun
 
 SECONDS_TO_SAVE = 120
-"""Before the time limit, the run is asked to write a checkpoint and stop."""
+"""Time before the limit at which a run is asked to write a checkpoint and stop."""
 SECONDS_TO_END = 20
-"""Of these, left to torchrun and the script for noting how the run ended."""
+"""Part of it that is left to torchrun and the launcher for noting how the run ended."""
 
 
 def script(plan: Plan, runs: Sequence[PlannedRun], launch: Launch, directory: Path, limit: str) -> str:
-    """The text of a job-array script.
+    """Write a job-array script.
 
-    A run that reaches the time limit or is preempted is asked to stop, saves a checkpoint, and is put back into the
-    queue; it goes on from there. The outcome of each run is noted where a sweep notes it.
+    An element that reaches the time limit or is preempted is asked to stop, saves a checkpoint, and is put back into
+    the queue (:func:`queue_again`); the run goes on from there.
 
     Args:
         plan: the sweep.
         runs: those to submit, one array element each.
         launch: ``processes`` is the number of GPUs of each run, ``jobs`` the most runs at a time.
         directory: to run in.
-        limit: of time, as sbatch reads it.
+        limit: time limit of an element, as sbatch reads it.
     """
-    commands = []
-    for run in runs:
-        words = command(plan, run, Launch(launch.main), for_people=True)[1:]
-        commands.append(f"  {shlex.quote(shlex.join(words))}")
-    names = "\n".join(f"  {shlex.quote(run.name)}" for run in runs)
-    quoted = "\n".join(commands)
     out = directory / plan.out
-    state = shlex.quote(str(out / STATE_DIRECTORY))
     # sbatch reads quotes as a shell does, and takes per cent for the beginning of a pattern.
     log = shlex.quote(f"{str(out / STATE_DIRECTORY).replace('%', '%%')}/slurm-%a.log")
     return f"""#!/bin/bash
@@ -51,30 +46,18 @@ def script(plan: Plan, runs: Sequence[PlannedRun], launch: Launch, directory: Pa
 #SBATCH --signal=B:TERM@{SECONDS_TO_SAVE}
 #SBATCH --open-mode=append
 #SBATCH --output={log}
-set -u
 cd {shlex.quote(str(directory))} || exit 2
-
-names=(
-{names}
-)
-arguments=(
-{quoted}
-)
-
-name=${{names[$SLURM_ARRAY_TASK_ID]}}
-mkdir -p {state}
+names=({" ".join(shlex.quote(run.name) for run in runs)})
 # How long torchrun waits for its processes before it kills them (30 s, whatever is written here, before torch 2.12).
-export {SHUTDOWN_TIMEOUT}={SECONDS_TO_SAVE - SECONDS_TO_END}
-stopped=false
-# The ampersand inside makes the program itself the child, not a shell that would keep the signal from it.
-eval "torchrun --standalone --nproc-per-node {launch.processes} ${{arguments[$SLURM_ARRAY_TASK_ID]}} &"
-child=$!
-trap 'stopped=true; kill -TERM "$child"' TERM
-wait "$child"; code=$?
-# A trapped signal ends the first wait; the run itself ends once its checkpoint is written.
-while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
-# torchrun ends with 1 when it was told to stop, as it does when the run has failed.
-printf '{{"exit_code": %d, "stopped": %s}}\\n' "$code" "$stopped" > {state}/"$name.json"
-if [ "$stopped" = true ] && [ "$code" != 0 ]; then scontrol requeue "$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"; fi
-exit "$code"
+export {SHUTDOWN_TIMEOUT}="${{{SHUTDOWN_TIMEOUT}:-{SECONDS_TO_SAVE - SECONDS_TO_END}}}"
+# In place of the shell, so that the signal before the time limit reaches it.
+exec python -m tools.sweep --out {shlex.quote(str(plan.out))} --nproc-per-node {launch.processes} \\
+    --run "${{names[$SLURM_ARRAY_TASK_ID]}}"
 """
+
+
+def queue_again() -> None:
+    """Put this element of a job array back into the queue; elsewhere nothing happens."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        element = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        subprocess.run(["scontrol", "requeue", element], check=False)

@@ -16,7 +16,7 @@ from typing import Any
 import config
 from experiments.comparison import check_baseline
 from experiments.grid import parse_grid
-from experiments.launch import Launch, Launcher, describe, shell_line
+from experiments.launch import Launch, Launcher, claimed, describe, shell_line
 from experiments.plan import (
     MANIFEST,
     Plan,
@@ -27,9 +27,8 @@ from experiments.plan import (
     without_machine,
     write_manifest,
 )
-from experiments.progress import Length, planned_length
 from experiments.runs import read_run
-from experiments.slurm import script
+from experiments.slurm import queue_again, script
 from experiments.sweep_file import Sweep, read_sweep
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
@@ -52,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--dry-run", action="store_true", help="validate, show the runs and their state, start nothing")
     mode.add_argument("--list", action="store_true", help="print the command of each run that is not done, one a line")
     mode.add_argument("--slurm", action="store_true", help="write a job-array script for what is not done")
+    mode.add_argument("--run", metavar="NAME", help="run only this one, as the elements of a job array do")
     parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes of each run (torchrun)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time")
     parser.add_argument("--time-limit", default="24:00:00", help="of each element of a job array (%(default)s)")
@@ -122,27 +122,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--jobs and --nproc-per-node must be at least 1")
         plan, resolved = plan_of(args)
         check_directories(plan, resolved)
-        return _act(plan, {name: planned_length(values) for name, values in resolved.items()}, args)
+        return _act(plan, args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _act(plan: Plan, lengths: Mapping[str, Length | None], args: argparse.Namespace) -> int:
+def _act(plan: Plan, args: argparse.Namespace) -> int:
     here = Path.cwd()
     main_file = MAIN.relative_to(here) if MAIN.is_relative_to(here) else MAIN
     launch = Launch(main_file, args.nproc_per_node, args.jobs)
-    missing = [run for run in plan.runs if read_run(plan.directory(run)).state not in ("done", "running")]
+    states = [read_run(plan.directory(run)).state for run in plan.runs]
+    missing = [run for run, state in zip(plan.runs, states, strict=True) if state not in ("done", "running")]
     if args.dry_run:
-        print("\n".join(describe(plan)))
-        states = [read_run(plan.directory(run)).state for run in plan.runs]
-        print(f"{len(plan.runs)} runs, {states.count('done')} done")
+        print(*describe(plan), f"{len(plan.runs)} runs, {states.count('done')} done", sep="\n")
         return 0
     if args.list:
-        for run in missing:
-            print(shell_line(plan, run, launch))
+        print("".join(f"{shell_line(plan, run, launch)}\n" for run in missing), end="")
         return 0
-    write_manifest(plan)
+    if args.run is None:
+        write_manifest(plan)
     if args.slurm:
         if not missing:
             print("all runs are done or running: there is nothing to submit")
@@ -151,8 +150,17 @@ def _act(plan: Plan, lengths: Mapping[str, Length | None], args: argparse.Namesp
         path.write_text(script(plan, missing, launch, here, args.time_limit), encoding="utf-8")
         print(f"wrote {path} for {len(missing)} runs: sbatch {path}")
         return 0
-    launcher = Launcher(plan, launch, lambda text: print(text, flush=True), lengths)
-    code = launcher.run()
+    launcher = Launcher(plan, launch, lambda text: print(text, flush=True))
+    if args.run is None:
+        with claimed(plan):
+            code = launcher.run(plan.runs)
+    else:
+        chosen = [run for run in plan.runs if run.name == args.run]
+        if not chosen:
+            raise ValueError(f"--run {args.run}: {plan.out} has no such run (--dry-run shows them all)")
+        code = launcher.run(chosen)
+        if code > 128:
+            queue_again()
     for run in launcher.failed:
         message = read_run(plan.directory(run), plan.outcome_file(run)).message
         with contextlib.suppress(OSError):

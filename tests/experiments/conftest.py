@@ -13,25 +13,22 @@ from typing import Any
 import pytest
 import yaml
 
+STEPS = 60
+
 
 @pytest.fixture
 def write_run() -> Callable[..., Path]:
     def write(
         directory: Path, config: dict[str, Any], aps: list[float], finished: bool = True, **metrics: float | None
     ) -> Path:
-        """One epoch of 10 steps for each AP."""
+        """One epoch for each AP, and one more that is still to come where the run is not finished."""
         directory.mkdir(parents=True)
-        (directory / "config.yaml").write_text(yaml.safe_dump(config))
+        (directory / "config.yaml").write_text(yaml.safe_dump({**config, "schedule": {"steps": STEPS}}))
         lines: list[dict[str, Any]] = []
         for i, ap in enumerate(aps, start=1):
-            left = 10.0 * (len(aps) - i) if finished else 99.0
-            lines.append(
-                {"kind": "train", "step": 10 * i, "epoch": i, "loss": 9.0 / i, "eta_seconds": left,
-                 "seconds_per_step": 0.5}
-            )  # fmt: skip
-            lines.append(
-                {"kind": "eval", "step": 10 * i, "epoch": float(i), "AP": ap, "AP50": ap + 20, "seconds": 3, **metrics}
-            )
+            step = STEPS * i // (len(aps) if finished else len(aps) + 1)
+            lines.append({"kind": "train", "step": step, "epoch": float(i), "loss": 9.0 / i})
+            lines.append({"kind": "eval", "step": step, "epoch": float(i), "AP": ap, "AP50": ap + 20, **metrics})
         (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return directory
 

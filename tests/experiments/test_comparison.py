@@ -93,7 +93,7 @@ def test_a_sweep_brings_variants_missing_and_failed_runs(write_run, tmp_path):
     def decode(cfg, overrides):
         values = dict(text.split("=", 1) for text in overrides)
         alpha = float(values.get("alpha", 0))
-        return config(alpha, int(values["seed"]), tau=1.0 if alpha else 0.0)
+        return {**config(alpha, int(values["seed"]), tau=1.0 if alpha else 0.0), "schedule": {"steps": 60}}
 
     sweep = Sweep(
         cfg=Path("run.yaml"), baseline="plain", variants={"plain": {}, "other": {"alpha": "1"}},

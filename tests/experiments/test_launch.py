@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from experiments import launch
-from experiments.launch import Launch, Launcher, command, describe, duration, last_words, shell_line
+from experiments.launch import Launch, Launcher, claimed, command, describe, duration, last_words, shell_line
 from experiments.plan import make_plan, write_manifest
-from experiments.progress import Length
 from experiments.slurm import script
 from experiments.sweep_file import Sweep
 
@@ -39,7 +38,8 @@ if mode == "waits_once" and not again:
 if mode == "meets":
     other = out.parent / out.name.translate(str.maketrans("01", "10")) / "starts"
     while not other.exists(): time.sleep(0.02)
-lines = [{"kind": "train", "step": 1, "epoch": 1, "loss": 1.0, "eta_seconds": 0.0},
+(out / "config.yaml").write_text("schedule: {steps: 1}")
+lines = [{"kind": "train", "step": 1, "epoch": 1, "loss": 1.0},
          {"kind": "eval", "step": 1, "epoch": 1, "AP": 12.5}]
 (out / "metrics.jsonl").write_text("".join(json.dumps(l) + chr(10) for l in lines))
 """
@@ -57,8 +57,7 @@ def sweep(tmp_path):
         )
         write_manifest(plan)
         said: list[str] = []
-        lengths = {run.name: Length("step", 1) for run in plan.runs}
-        return plan, Launcher(plan, Launch(tmp_path / "main.py", jobs=jobs), said.append, lengths), said
+        return plan, Launcher(plan, Launch(tmp_path / "main.py", jobs=jobs), said.append), said
 
     return make
 
@@ -70,18 +69,18 @@ def starts(plan) -> list[int]:
 
 def test_all_runs_are_run_once_however_often_it_is_called(sweep):
     plan, launcher, said = sweep("works", seeds=2)
-    assert launcher.run() == 0
+    assert launcher.run(plan.runs) == 0
     assert any("[2/2] mode-works_seed-1: started" in line for line in said)
-    assert any("done in 0:00:0" in line and "AP 12.50; 1 of 2 done, ETA 0:00:0" in line for line in said)
+    assert any("done in 0:00:0" in line and "AP 12.50; 1 of 2 done" in line for line in said)
     plan, launcher, said = sweep("works", seeds=2)
-    assert launcher.run() == 0
+    assert launcher.run(plan.runs) == 0
     assert said == ["2 of 2 runs are done already"]
     assert starts(plan) == [1, 1]
 
 
 def test_a_failure_does_not_stop_the_others_and_is_tried_again(sweep):
     plan, launcher, said = sweep("fails", "fails_once", "works")
-    assert launcher.run() == 1
+    assert launcher.run(plan.runs) == 1
     assert [run.name for run in launcher.failed] == ["mode-fails_seed-0", "mode-fails_once_seed-0"]
     assert any("FAILED" in line and "no luck today" in line for line in said)
     lines = describe(plan)
@@ -90,7 +89,7 @@ def test_a_failure_does_not_stop_the_others_and_is_tried_again(sweep):
     assert "RuntimeError: not yet" in lines[1]
     assert "done" in lines[2]
     plan, launcher, said = sweep("fails", "fails_once", "works")
-    assert launcher.run() == 1
+    assert launcher.run(plan.runs) == 1
     assert starts(plan) == [2, 2, 1]
     assert [run.name for run in launcher.failed] == ["mode-fails_seed-0"]
 
@@ -116,7 +115,7 @@ def test_it_stops_in_good_order_and_goes_on(sweep, number):
     before = signal.signal(number, signal.SIG_DFL)  # it may be ignored, if the tests themselves run under nohup
     try:
         thread = when(plan.directory(plan.runs[0]) / "waiting", lambda: os.kill(os.getpid(), number))
-        assert launcher.run() == 128 + number
+        assert launcher.run(plan.runs) == 128 + number
         thread.join()
         assert signal.getsignal(number) is signal.SIG_DFL
     finally:
@@ -127,7 +126,7 @@ def test_it_stops_in_good_order_and_goes_on(sweep, number):
     assert json.loads(plan.outcome_file(plan.runs[0]).read_text())["exit_code"] == 143
     assert "failed" not in describe(plan)[0]
     plan, launcher, _ = sweep("waits_once", "works")
-    assert launcher.run() == 0
+    assert launcher.run(plan.runs) == 0
     assert starts(plan) == [2, 1]
 
 
@@ -142,7 +141,7 @@ def test_with_nohup_it_outlives_the_terminal(sweep):
             (waiting / "go_on").touch()
 
         thread = when(waiting / "waiting", both)
-        assert launcher.run() == 0
+        assert launcher.run(plan.runs) == 0
         thread.join()
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -176,7 +175,7 @@ def test_a_run_of_several_processes_that_is_told_to_stop_has_not_failed(sweep, t
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = when(second / "config.yaml", stop)
-    assert launcher.run() == 143
+    assert launcher.run(plan.runs) == 143
     thread.join()
     outcomes = [json.loads(plan.outcome_file(run).read_text()) for run in plan.runs]
     assert [(outcome["exit_code"], outcome["stopped"]) for outcome in outcomes] == [(1, False), (1, True)]
@@ -185,39 +184,18 @@ def test_a_run_of_several_processes_that_is_told_to_stop_has_not_failed(sweep, t
     assert (second / "saved0").read_text() == (second / "saved1").read_text() == str(launch.SECONDS_TO_STOP)
 
 
-def test_runs_end_in_good_order_when_the_launcher_is_killed(sweep, tmp_path):
-    plan, _, _ = sweep("waits")
-    (tmp_path / "main.py").write_text(WORKER)
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from experiments.launch import Launch, Launcher; from experiments.plan import read_manifest\n"
-        "Launcher(read_manifest(Path(sys.argv[1])), Launch(Path(sys.argv[2]))).run()"
-    )
-    root = Path(launch.__file__).parents[1]
-    environment = {**os.environ, "RANK": "0"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(plan.out), str(tmp_path / "main.py")], cwd=root, env=environment
-    )
-    directory = plan.directory(plan.runs[0])
-    when(directory / "config.yaml", process.kill).join()
-    assert process.wait(timeout=30) == -signal.SIGKILL
-    when(directory / "saved0", lambda: None).join()
-    assert (directory / "saved0").exists()
-    assert describe(plan)[0].split()[1] == "unfinished"
-
-
 def test_a_run_that_another_process_is_running_is_left_out(sweep, hold):
     plan, launcher, said = sweep("works", seeds=2)
     directory = plan.directory(plan.runs[0])
     directory.mkdir(parents=True)
     with hold(directory / ".lock"):
         assert describe(plan)[0].split()[1] == "running"
-        assert launcher.run() == 1
+        assert launcher.run(plan.runs) == 1
     assert launcher.failed == []
     assert "mode-works_seed-0: left out, another process is running it" in said[0]
     assert starts(plan) == [0, 1]
     plan, launcher, _ = sweep("works", seeds=2)
-    assert launcher.run() == 0
+    assert launcher.run(plan.runs) == 0
     assert starts(plan) == [1, 1]
 
 
@@ -227,24 +205,32 @@ def test_it_goes_on_where_nobody_listens(sweep):
     def gone(text):
         raise OSError("the terminal is gone")
 
-    assert Launcher(plan, Launch(plan.out.parent / "main.py"), gone).run() == 0
+    assert Launcher(plan, Launch(plan.out.parent / "main.py"), gone).run(plan.runs) == 0
 
 
-def test_runs_side_by_side_with_progress_now_and_then(sweep, monkeypatch):
-    monkeypatch.setattr(launch, "REPORT_SECONDS", 0.0)
-    monkeypatch.setattr(launch, "POLL_SECONDS", 0.01)  # so often that no run can start and end in between
+def test_runs_side_by_side(sweep):
     # Each of the two ends only after the other has started.
-    plan, launcher, said = sweep("meets", seeds=2, jobs=2)
-    assert launcher.run() == 0
-    assert any(line.startswith("running mode-meets_seed-") and line.count(" of 2 done") == 1 for line in said)
+    plan, launcher, _ = sweep("meets", seeds=2, jobs=2)
+    assert launcher.run(plan.runs) == 0
     assert starts(plan) == [1, 1]
 
 
+def test_runs_side_by_side_have_gpus_and_cores_of_their_own(sweep, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    plan, _, _ = sweep("meets", seeds=2)
+    show = PROGRAM + 'import os; (out / "seen").write_text(os.environ["CUDA_VISIBLE_DEVICES"])\n'
+    (tmp_path / "main.py").write_text(show)
+    assert Launcher(plan, Launch(tmp_path / "main.py", jobs=2)).run(plan.runs) == 0
+    assert sorted((plan.directory(run) / "seen").read_text() for run in plan.runs) == ["4", "5"]
+
+
 def test_two_processes_do_not_work_on_the_same_sweep(sweep, hold):
-    plan, launcher, _ = sweep("works")
+    plan, _, _ = sweep("works")
     with hold(plan.out / ".sweep" / "lock"), pytest.raises(ValueError, match="another process is working on this"):
-        launcher.run()
-    assert launcher.run() == 0
+        claimed(plan).__enter__()
+    with claimed(plan):
+        pass
 
 
 def test_command_lines(sweep):
@@ -270,58 +256,56 @@ def test_the_last_words_of_a_log(tmp_path):
     assert duration(3723.9) == "1:02:03"
 
 
-def run_element(text: str, tmp_path: Path, index: int, torchrun: str, stop_at: Sequence[Path] = ()) -> int:
-    """Run one element of a job array with stand-ins for the programs of a cluster."""
+ELEMENT = """
+import sys
+from pathlib import Path
+from tools import sweep
+sweep.MAIN = Path("main.py").resolve()
+sweep._decode = lambda cfg, overrides: {"o": list(overrides)}
+assert sys.argv[1:3] == ["-m", "tools.sweep"]
+sys.exit(sweep.main(sys.argv[3:]))
+"""
+
+
+def run_element(text: str, tmp_path: Path, index: int, stop_at: Sequence[Path] = ()) -> int:
+    """Run one element of a job array with stand-ins for the programs of a cluster, and for the training program."""
     programs = tmp_path / "bin"
     programs.mkdir(exist_ok=True)
-    for name, body in (("torchrun", torchrun), ("scontrol", f'echo "$@" >> {tmp_path}/scontrol')):
+    (tmp_path / "element.py").write_text(ELEMENT)
+    element = f'exec {sys.executable} {tmp_path}/element.py "$@"'
+    for name, body in (("python", element), ("scontrol", f'echo "$@" >> {tmp_path}/scontrol')):
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)
     (tmp_path / "sweep.sbatch").write_text(text)
-    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(index)}
-    environment["SLURM_ARRAY_JOB_ID"] = "77"
+    root = str(Path(launch.__file__).parents[1])
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": root,
+                   "SLURM_ARRAY_TASK_ID": str(index), "SLURM_ARRAY_JOB_ID": "77"}  # fmt: skip
     process = subprocess.Popen(["bash", str(tmp_path / "sweep.sbatch")], env=environment)
-    while not all(file.exists() for file in stop_at):
+    while process.poll() is None and not all(file.exists() for file in stop_at):
         time.sleep(0.02)
     if stop_at:
         process.terminate()
-    return process.wait(timeout=30)
-
-
-def test_an_element_of_a_job_array_is_one_torchrun(sweep, tmp_path):
-    plan, _, _ = sweep("it's", "b c", seeds=2)
-    text = script(plan, plan.runs, Launch(Path("main.py"), processes=8, jobs=2), tmp_path, "1:00:00")
-    assert "#SBATCH --array=0-3%2" in text
-    assert "#SBATCH --gpus-per-node=8" in text
-    code = run_element(text, tmp_path, 1, f'printf "%s\\n" "$@" > {tmp_path}/arguments; exit 3')
-    assert code == 3
-    run = plan.runs[1]
-    arguments = (tmp_path / "arguments").read_text().splitlines()
-    assert arguments[:4] == ["--standalone", "--nproc-per-node", "8", "main.py"]
-    assert arguments[4:] == ["--cfg", "run.yaml", *run.overrides, f"output_dir={plan.directory(run)}",
-                             "--resume", "auto"]  # fmt: skip
-    assert json.loads(plan.outcome_file(run).read_text()) == {"exit_code": 3, "stopped": False}
-    assert not (tmp_path / "scontrol").exists()
+    return process.wait(timeout=60)
 
 
 def test_an_element_that_is_told_to_stop_saves_and_is_queued_again(sweep, tmp_path):
-    plan, _, _ = sweep("works")
+    plan, _, _ = sweep("works", "it's")
     (tmp_path / "main.py").write_text(WORKER)
     text = script(plan, plan.runs, Launch(Path("main.py"), processes=2), tmp_path, "1:00:00")
-    directory = plan.directory(plan.runs[0])
-    real = f'exec {sys.executable} -m torch.distributed.run "$@"'
-    assert run_element(text, tmp_path, 0, real, stop_at=[directory / "ready", directory / "config.yaml"]) == 1
+    directory = plan.directory(plan.runs[1])
+    assert run_element(text, tmp_path, 1, stop_at=[directory / "ready", directory / "config.yaml"]) == 143
     # It had as long as the scheduler grants it.
     assert (directory / "saved0").read_text() == (directory / "saved1").read_text() == "100"
-    assert (tmp_path / "scontrol").read_text() == "requeue 77_0\n"
-    assert json.loads(plan.outcome_file(plan.runs[0]).read_text()) == {"exit_code": 1, "stopped": True}
-    assert describe(plan)[0].split()[1] == "unfinished"
+    assert (tmp_path / "scontrol").read_text() == "requeue 77_1\n"
+    assert [line.split()[1] for line in describe(plan)] == ["missing", "unfinished"]
 
 
 def test_a_job_array_may_be_submitted_from_anywhere(sweep, tmp_path):
-    plan, _, _ = sweep("works")
+    plan, _, _ = sweep("works", "b c", seeds=2)
     odd = plan._replace(out=Path("my runs/50% off"))
-    lines = script(odd, odd.runs, Launch(Path("main.py")), tmp_path, "1:00:00").splitlines()
+    lines = script(odd, odd.runs, Launch(Path("main.py"), processes=8, jobs=2), tmp_path, "1:00:00").splitlines()
     assert "#SBATCH --job-name='50% off'" in lines
     assert f"#SBATCH --output='{tmp_path}/my runs/50%% off/.sweep/slurm-%a.log'" in lines
-    assert f"mkdir -p '{tmp_path}/my runs/50% off/.sweep'" in lines
+    assert "#SBATCH --array=0-3%2" in lines
+    assert "#SBATCH --gpus-per-node=8" in lines
+    assert any(line.startswith("exec python -m tools.sweep --out 'my runs/50% off' ") for line in lines)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from experiments.plan import extend, flatten, make_plan, read_manifest, short_keys, write_manifest
-from experiments.progress import planned_length
 from experiments.sweep_file import Sweep
 
 
@@ -100,9 +99,3 @@ def test_a_run_is_known_by_its_configuration_and_keeps_its_name():
     assert grown.runs[:2] == old.runs
     assert [run.name for run in grown.runs[2:]] == ["seed-1_alpha-0", "seed-1_alpha-0.50"]
     assert extend(grown, new, decode) == grown
-
-
-def test_the_planned_length_of_a_run():
-    assert planned_length({"schedule": {"epochs": 12, "steps": None}}) == ("epoch", 12)
-    assert planned_length({"schedule": {"epochs": 12, "steps": 500}}) == ("step", 500)
-    assert planned_length({}) is None

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 
-import pytest
+import yaml
 
-from experiments.progress import Length, seconds_left
-from experiments.runs import find_runs, read_metrics, read_run
+from engine.records import read_metrics
+from experiments.runs import find_runs, read_run
 
 
 def test_a_finished_run(write_run, tmp_path):
     run = read_run(write_run(tmp_path / "run", {"seed": 1}, [10.0, 20.0]))
-    assert (run.state, run.message, run.config) == ("done", "", {"seed": 1})
+    assert (run.state, run.message, run.config["seed"]) == ("done", "", 1)
     assert [record["AP"] for record in run.evals] == [10.0, 20.0]
-    assert run.seconds == 20 * 0.5 + 2 * 3
 
 
 def test_states_of_runs_that_are_not_finished(write_run, tmp_path):
@@ -41,6 +40,18 @@ def test_a_last_step_that_is_not_evaluated_yet_is_not_the_end(write_run, tmp_pat
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:-1]))
     assert read_run(run).state == "unfinished"
+
+
+def test_a_run_is_as_long_as_its_schedule_says(write_run, tmp_path):
+    run = write_run(tmp_path / "run", {}, [10.0, 20.0])
+    for schedule, state in (
+        ({"steps": 60, "epochs": 12}, "done"),
+        ({"steps": 61, "epochs": 1}, "unfinished"),
+        ({"steps": None, "epochs": 2}, "done"),
+        ({"steps": None, "epochs": 3}, "unfinished"),
+    ):
+        (run / "config.yaml").write_text(yaml.safe_dump({"schedule": schedule}))
+        assert read_run(run).state == state
 
 
 def test_repeated_and_half_written_lines(tmp_path):
@@ -73,19 +84,3 @@ def test_a_run_whose_directory_is_held_is_running(write_run, tmp_path, hold):
     with hold(started / ".lock"):
         assert read_run(started, outcome).state == "running"
     assert read_run(started, outcome).state == "failed"
-
-
-def test_the_time_left_is_that_of_the_steps_left(write_run, tmp_path):
-    """20 steps, 16 s, in the one that is done; 0.8 s a step."""
-    done = read_run(write_run(tmp_path / "done", {}, [1.0, 2.0]))
-    assert done.seconds == 20 * 0.5 + 2 * 3
-    nothing = read_run(tmp_path / "missing")
-    assert seconds_left([nothing], [(nothing, Length("step", 20))], 1) is None
-    assert seconds_left([done], [(nothing, None)], 1) is None
-    assert seconds_left([done, nothing], [(nothing, Length("step", 40))], 1) == pytest.approx(32)
-    assert seconds_left([done, nothing], [(nothing, Length("epoch", 1))], 1) == pytest.approx(8)
-    # One that goes on after an interruption has half of its steps behind it.
-    half = read_run(write_run(tmp_path / "half", {}, [1.0], finished=False))
-    waiting = [(half, Length("step", 20)), (nothing, Length("step", 20))]
-    assert seconds_left([done, half, nothing], waiting, 1) == pytest.approx(24)
-    assert seconds_left([done, half, nothing], waiting, 2) == pytest.approx(12)

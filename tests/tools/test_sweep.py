@@ -128,6 +128,17 @@ def test_the_baseline_is_checked_and_may_be_chosen_later(cfg, capsys, tmp_path):
     assert sweep.main(["--out", "runs/a", "--slurm", "--baseline", "alpha=7"]) == 2
 
 
+def test_one_run_alone(cfg, capsys, tmp_path, monkeypatch):
+    program = tmp_path / "main.py"
+    program.write_text("import sys; from pathlib import Path; Path('said').write_text(' '.join(sys.argv)); sys.exit(3)")
+    monkeypatch.setattr(sweep, "MAIN", program)
+    assert sweep.main(["--cfg", cfg, *GRID, "--out", "runs/a", "--slurm"]) == 0
+    assert sweep.main(["--out", "runs/a", "--run", "alpha-0.5_seed-1"]) == 1
+    assert "alpha=0.5 seed=1 output_dir=runs/a/alpha-0.5_seed-1 --resume auto" in (tmp_path / "said").read_text()
+    assert sweep.main(["--out", "runs/a", "--run", "alpha-7"]) == 2
+    assert "--run alpha-7: runs/a has no such run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
 def test_every_sweep_file_is_valid_in_all_its_combinations(path, tmp_path):
     plan = make_plan(read_sweep(path), tmp_path / "out", lambda c, o: config.to_dict(config.load(c, o)))
