@@ -28,8 +28,11 @@ class BackboneConfig:
     """Strides of the levels to use, ascending."""
     norm: Literal["frozen", "batch", "group"] = "frozen"
     """BatchNorm with frozen statistics and weights (fine-tuning), trained BatchNorm, or GroupNorm in its place."""
-    frozen_stages: int = 1
-    """Stages that are not trained, counted from the first of stride 4 or more; their stem included; 0 trains all."""
+    dilation: bool = False
+    """Dilated convolutions in place of the last stage's stride (DETR's DC5); strides then name half of its own."""
+    frozen_stages: int | Literal["stem"] = 1
+    """Stages that are not trained, counted from the first of stride 4 or more, their stem included; "stem" freezes it
+    alone and 0 trains all."""
     output_norm: bool = False
     """A LayerNorm on every level, as detectors on Swin have it; only for models that compute with channels last."""
     channels_last: bool = False
@@ -38,7 +41,7 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if not self.strides or list(self.strides) != sorted(set(self.strides)):
             raise ValueError(f"strides must ascend, found {list(self.strides)}")
-        if self.frozen_stages < 0:
+        if isinstance(self.frozen_stages, int) and self.frozen_stages < 0:
             raise ValueError("frozen_stages must not be negative")
         if self.pretrained is False and (self.norm == "frozen" or self.frozen_stages):
             # Freezing random weights or statistics trains a detector on noise, silently.
@@ -110,15 +113,18 @@ class Backbone(nn.Module):
 def _create(config: BackboneConfig, load_weights: bool) -> Any:
     if not timm.is_model(config.model):
         raise ValueError(f"model.backbone.model: timm has no model '{config.model}'")
-    options = _options(config.model)
+    options = _options(config.model) | _dilated(config)
     try:
-        reductions, _ = _probe(config.model)
+        reductions, _ = _probe(config)
     except RuntimeError as error:  # an unknown tag of weights, or a model that cannot be cut into stages
         raise ValueError(f"model.backbone.model: {config.model} cannot be used ({error})") from error
     missing = [stride for stride in config.strides if stride not in reductions]
     if missing:
         raise ValueError(f"model.backbone.strides: {config.model} offers {reductions}, not {missing}")
-    options["out_indices"] = tuple(reductions.index(stride) for stride in config.strides)
+    last = {
+        stride: index for index, stride in enumerate(reductions)
+    }  # a dilated stage has the stride of the one before
+    options["out_indices"] = tuple(last[stride] for stride in config.strides)
     if not load_weights:
         return timm.create_model(config.model, features_only=True, pretrained=False, **options)
     if isinstance(config.pretrained, str):
@@ -160,9 +166,20 @@ def _load_weights(body: nn.Module, name: str, path: str) -> None:
     body.load_state_dict(selected)
 
 
-def _probe(name: str) -> tuple[list[int], list[str]]:
+def _dilated(config: BackboneConfig) -> dict[str, Any]:
+    return {"output_stride": 16} if config.dilation else {}
+
+
+def _probe(config: BackboneConfig) -> tuple[list[int], list[str]]:
     """Strides that a model offers and the names of the children that end there."""
-    info: Any = _outline(name, features_only=True).feature_info
+    try:
+        info: Any = _outline(config.model, features_only=True, **_dilated(config)).feature_info
+    except (TypeError, AssertionError, NotImplementedError) as error:
+        if not config.dilation:
+            raise
+        raise ValueError(f"model.backbone.dilation: {config.model} has no dilated form") from error
+    if config.dilation and info.reduction()[-1] != 16:
+        raise ValueError(f"model.backbone.dilation: {config.model} does not give its last stage stride 16")
     return list(info.reduction()), [module.replace(".", "_") for module in info.module_name()]
 
 
@@ -216,15 +233,18 @@ def _batch_to_group_norm(module: nn.Module, num_groups: int = 32) -> None:
 
 
 def _freeze_stages(body: Any, config: BackboneConfig) -> None:
-    """Stop gradients up to the end of the ``frozen_stages``-th stage of stride 4 or more."""
+    """Stop gradients up to the end of the ``frozen_stages``-th stage of stride 4 or more, or before the first."""
     if not config.frozen_stages:
         return
-    ends = [name for reduction, name in zip(*_probe(config.model), strict=True) if reduction >= 4]
-    if config.frozen_stages > len(ends):
-        raise ValueError(f"frozen_stages {config.frozen_stages}: {config.model} has {len(ends)} stages")
-    last = ends[config.frozen_stages - 1]
+    ends = [name for reduction, name in zip(*_probe(config), strict=True) if reduction >= 4]
+    number = config.frozen_stages if isinstance(config.frozen_stages, int) else 1
+    if number > len(ends):
+        raise ValueError(f"frozen_stages {number}: {config.model} has {len(ends)} stages")
+    last = ends[number - 1]
     for name, child in body.named_children():
+        if name == last and config.frozen_stages == "stem":
+            return
         child.requires_grad_(False)
         if name == last:
             return
-    raise ValueError(f"model.backbone.frozen_stages: cannot find the end of stage {config.frozen_stages} ({last})")
+    raise ValueError(f"model.backbone.frozen_stages: cannot find the end of stage {number} ({last})")

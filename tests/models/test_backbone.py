@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from models import BackboneConfig
@@ -49,6 +50,27 @@ def test_weights_from_a_file_and_what_is_frozen(tmp_path):
     # Frozen statistics: training mode and evaluation mode agree, and nothing moves.
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(backbone.train()(images), backbone.eval()(images))
+
+
+def test_only_the_stem_frozen(tmp_path):
+    path, _ = weight_file(tmp_path)
+    backbone = BackboneConfig(model="resnet18", pretrained=str(path), frozen_stages="stem").build()
+    trainable = {name.split(".")[1] for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trainable == {"layer1", "layer2", "layer3", "layer4"}
+
+
+def test_dilation_computes_as_torchvision_does_with_the_same_weights():
+    """DETR's DC5: the last stage keeps the resolution of the one before."""
+    backbone = scratch(model="resnet50", dilation=True, strides=(16,)).build().eval()
+    reference = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True]).eval()
+    reference.load_state_dict({**reference.state_dict(), **backbone.body.state_dict()})
+    images = torch.randn(1, 3, 97, 130)
+    with torch.no_grad():
+        (found,) = backbone(images)
+        layers = list(reference.children())[:-2]
+        expected = nn.Sequential(*layers)(images)
+    assert found.shape[2:] == (7, 9)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_wrapped_state_dict_and_foreign_files(tmp_path):
@@ -102,6 +124,8 @@ def test_settings_that_make_no_sense(options, words):
         ({"model": "resnet_18"}, "no model"),
         ({"model": "resnet18.typo"}, "resnet18.typo cannot be used"),
         ({"strides": (8, 64)}, "offers"),
+        ({"dilation": True}, r"offers \[2, 4, 8, 16, 16\], not \[32\]"),
+        ({"model": "densenet121", "dilation": True, "strides": (16,)}, "no dilated form"),
     ],
 )
 def test_models_and_strides_that_do_not_exist(options, words):
