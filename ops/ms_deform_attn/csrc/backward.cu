@@ -20,12 +20,18 @@ constexpr int BLOCKS = TILED ? 2 : 1024 / THREADS;
 #if TILED
 constexpr int QUAD = CHANNELS % 4 == 0 ? 4 : 1;        // the same where rows are all float32
 // The same for what goes to memory: where there are no vector reductions, neighbouring lanes add to neighbouring numbers.
-#if DETERMINISTIC || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900)
+#if DETERMINISTIC || __CUDA_ARCH__ < 900
 constexpr int FLUSHED = 1;
 #else
 constexpr int FLUSHED = QUAD;
 #endif
 __constant__ constexpr int WINDOW[LEVELS][2] = WINDOWS;  // width, height
+
+// Floats of the windows before that of a level. Only ever called for constants: one compiler would leave the recursion.
+__device__ constexpr int first_in_window(int level) {
+  return level == 0 ? 0 : first_in_window(level - 1) + WINDOW[level - 1][0] * WINDOW[level - 1][1] * CHANNELS;
+}
+constexpr int WINDOW_FLOATS = first_in_window(LEVELS);
 
 // What one parity of a sample adds to: an element of the window, or none (-1), or pixel -2 - target in memory.
 struct alignas(8) Tap {
@@ -54,8 +60,7 @@ struct Shared {
     window = grad + QUERIES * PITCH;
     float* behind = window;
 #if TILED
-    behind += first_in_window(LEVELS);
-    behind += (4 - (behind - window) % 4) % 4;
+    behind += (WINDOW_FLOATS + 3) / 4 * 4;
 #endif
     pixels = reinterpret_cast<int4*>(behind);
     dots = behind;
@@ -70,13 +75,6 @@ struct Shared {
     parts = reinterpret_cast<float*>(terms + QUERIES);
     column = parts + QUERIES * SAMPLES * 3;
   }
-
-#if TILED
-  // Floats of the windows before that of a level.
-  __device__ static constexpr int first_in_window(int level) {
-    return level == 0 ? 0 : first_in_window(level - 1) + WINDOW[level - 1][0] * WINDOW[level - 1][1] * CHANNELS;
-  }
-#endif
 };
 
 // First element of grad_value that belongs to the block's image and head.
@@ -285,9 +283,9 @@ __device__ inline void scatter_level(const Problem& p, const Block& block, const
 template <int level>
 __device__ inline void flush(const Problem& p, const Block& block, const Shared& s, float scale) {
   if constexpr (level < LEVELS) {
-    constexpr unsigned width = WINDOW[level][0], height = WINDOW[level][1];
+    constexpr unsigned width = WINDOW[level][0], height = WINDOW[level][1], before = first_in_window(level);
     const int2 origin = s.origins[level];
-    const float* window = s.window + Shared::first_in_window(level);
+    const float* window = s.window + before;
     const int columns = s.levels[level].columns, start = s.levels[level].start;
     const int64 first = first_element(p, block);
     for (unsigned i = threadIdx.x * FLUSHED; i < width * height * CHANNELS; i += THREADS * FLUSHED) {
@@ -382,7 +380,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ms_deform_attn_bac
   const int warp = threadIdx.x / 32;
   describe_levels(p, block, s.levels);
 #if TILED
-  for (int i = threadIdx.x; i < Shared::first_in_window(LEVELS); i += THREADS) s.window[i] = 0;
+  for (int i = threadIdx.x; i < WINDOW_FLOATS; i += THREADS) s.window[i] = 0;
 #endif
 #pragma unroll 1
   for (; block.pass < PASSES; ++block.pass) {

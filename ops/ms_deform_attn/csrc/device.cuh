@@ -1,5 +1,5 @@
 // What the kernels need of the device: 16-bit types, wide loads and reductions. No CUDA header is included, so that NVRTC
-// needs nothing but itself; where there is no CUDA compiler, the including program brings an emulation of the rest.
+// needs nothing but itself.
 //
 // Set when compiled: VALUE_TYPE and SAMPLE_TYPE (0 float32, 1 bfloat16, 2 float16), CHANNELS, LEVELS, POINTS, FUSED,
 // REFERENCE_SIZE (2 points, 4 boxes), TILED, TILE_WIDTH, TILE_HEIGHT, PASSES, THREADS, and for the backward DETERMINISTIC
@@ -22,16 +22,9 @@ typedef Type<SAMPLE_TYPE>::t sample_t;
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 __device__ inline float widen(fp16 x) {
-#ifdef __CUDA_ARCH__
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
-#else
-  const unsigned magnitude = (x.bits & 0x7fffu) << 13;
-  unsigned scaled = __float_as_uint(__uint_as_float(magnitude) * 0x1p112f);
-  if (magnitude >= 0x0f800000u) scaled |= 0x7f800000u;
-  return __uint_as_float(scaled | ((x.bits & 0x8000u) << 16));
-#endif
 }
 
 // Rounding to nearest, ties to even.
@@ -41,11 +34,7 @@ __device__ inline void narrow(float x, bf16& y) {
   y.bits = x != x ? 0x7fffu : static_cast<unsigned short>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 __device__ inline void narrow(float x, fp16& y) {
-#ifdef __CUDA_ARCH__
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-#else
-  y.bits = emulation::to_half(x);
-#endif
 }
 
 // count consecutive values as one access of up to 16 bytes; the address is a multiple of its size.
@@ -102,7 +91,7 @@ template <int count> __device__ inline void add_shared_by_blocks(void* grad, int
   for (int i = 0; i < count; ++i) atomicAdd(to + i, static_cast<uint64>(__float2ll_rn(x[i] * scale)));
 #else
   float* to = static_cast<float*>(grad) + at;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900
   if constexpr (count == 4) {
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
                  : "memory");

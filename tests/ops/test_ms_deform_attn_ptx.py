@@ -1,75 +1,36 @@
-"""The arithmetic of the CUDA kernels where there is no GPU: the same source compiled for the host, thread by thread."""
+"""The CUDA kernels where there is no GPU: the PTX that NVRTC makes of them, executed with every access checked."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from pathlib import Path
+import random
 from typing import Any
 
 import pytest
 import torch
 from deform_cases import TOLERANCE, Case, close, make_case, make_pyramid
+from ptx_launch import Launches, newest_architecture
 from torch import Tensor
 
-from ops.cache import cached_file, key_of
-from ops.ms_deform_attn import available_backends, cuda, cuda_compile, fused_ms_deform_attn, ms_deform_attn
+from ops.ms_deform_attn import cuda, fused_ms_deform_attn, ms_deform_attn
 from ops.ms_deform_attn.arguments import Arguments
 from ops.ms_deform_attn.cuda_plan import Plan, Signature, backward_plan
-from ops.native import compile_shared, compiler_command
 
-HERE = Path(__file__).parent
-
-pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no C++ compiler")
+NEWEST = newest_architecture()
+pytestmark = pytest.mark.skipif(NEWEST is None, reason="NVRTC is not installed")
 
 
-def emulated(plan: Plan) -> Callable[..., int]:
-    """The kernel compiled for the host; returns how many numbers it has added to global memory so far."""
-    defines = "".join(f"#define {name} {value}\n" for name, value in plan.macros)
-    kernel = f"ms_deform_attn_{Path(plan.source).stem}"
-    program = (
-        f'{defines}#include "cuda_emulation.h"\n#include "{plan.source}"\n'
-        'extern "C" long long run(const Problem* p, int blocks, int bytes, int order) {\n'
-        f"  emulation::run([&] {{ {kernel}(*p); }}, blocks, THREADS, bytes, order);\n"
-        "  return emulation::adds;\n}\n"
-    )
-    headers = [
-        HERE / "cuda_emulation.h",
-        *(cuda_compile.SOURCES / name for name in (*cuda_compile.HEADERS, plan.source)),
-    ]
-    key = key_of(program, *(path.read_bytes() for path in headers))
-
-    def build(output: Path) -> None:
-        source = output.with_suffix(".cpp")
-        source.write_text(program)
-        flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{HERE}", f"-I{cuda_compile.SOURCES}")
-        compile_shared(compiler_command(), flags, source, output)
-
-    run: Callable[..., int] = ctypes.CDLL(str(cached_file(f"emulated-{key}.so", build))).run
-    return run
-
-
-class Plans(list[Plan]):
-    """The plans that were run, and how many numbers the last kernel has added to global memory."""
-
-    adds = 0
-
-
-@pytest.fixture(params=[1, 97], ids=["in order", "out of order"])
-def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Plans:
-    """Lets cuda.forward and cuda.backward run on the host."""
-    plans = Plans()
-
-    def launch(plan: Plan, problem: Any, blocks: int, device: torch.device) -> None:
-        assert device.type == "cpu"
-        plans.append(plan)
-        kernel = emulated(plan)
-        before = kernel(ctypes.byref(problem), 0, plan.shared_bytes, request.param)
-        plans.adds = kernel(ctypes.byref(problem), blocks, plan.shared_bytes, request.param) - before
-
-    monkeypatch.setattr(cuda, "launch", launch)
-    monkeypatch.setattr(cuda, "shared_limit", lambda device: 227 * 1024)
-    return plans
+# The architecture of an H100 in every run of the tests; with the slow ones the sources' other branch, and the last
+# architecture that the compiler knows.
+@pytest.fixture(
+    params=[90, pytest.param(75, marks=pytest.mark.slow), pytest.param(NEWEST, marks=pytest.mark.slow)],
+    ids="sm_{}".format,
+)
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Lets cuda.forward and cuda.backward run here, on kernels for an architecture."""
+    launches = Launches(request.param)
+    monkeypatch.setattr(cuda, "launch", launches)
+    monkeypatch.setattr(cuda, "shared_limit", lambda device: (64 if request.param == 75 else 227) * 1024)
+    return launches
 
 
 def fenced(tensor: Tensor, fences: list[Tensor]) -> Tensor:
@@ -113,28 +74,28 @@ def check_against_reference(case: Case, dtype: torch.dtype, sample_dtype: torch.
     ("dtype", "sample_dtype"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
 )
-def test_emulated_kernels_with_windows(dtype: torch.dtype, sample_dtype: torch.dtype, host: Plans) -> None:
+def test_ptx_kernels_with_windows(dtype: torch.dtype, sample_dtype: torch.dtype, host: Launches) -> None:
     shapes = [(13, 18), (7, 9)]
     case = make_pyramid(0, B=2, Q=13 * 18 + 7 * 9, D=32, shapes=shapes)
     check_against_reference(case, dtype, sample_dtype, fused=True)
-    assert [plan.tiled for plan in host] == [True, True]
+    assert [plan.tiled for plan in host.plans] == [True, True]
 
 
 @pytest.mark.parametrize(("levels", "P", "D"), [(5, 3, 4), (1, 1, 64), (2, 5, 6)])
-def test_emulated_kernels_with_windows_of_any_shape(levels: int, P: int, D: int, host: Plans) -> None:
+def test_ptx_kernels_with_windows_of_any_shape(levels: int, P: int, D: int, host: Launches) -> None:
     """Many windows or one, an odd number of points, rows in several parts, rows in pairs of floats."""
     shapes = [(9, 11), (5, 6), (3, 3), (2, 2), (1, 1)][:levels]
     case = make_pyramid(5, B=1, Q=sum(h * w for h, w in shapes), D=D, P=P, shapes=shapes)
     check_against_reference(case, torch.float32, torch.float32, fused=True)
-    assert [plan.tiled for plan in host] == [True, True]
-    assert host[1].threads == max(128, 64 * levels)
+    assert [plan.tiled for plan in host.plans] == [True, True]
+    assert host.plans[1].threads == max(128, 64 * levels)
 
 
 @pytest.mark.parametrize(
     ("tile", "halo", "queries", "warps"), [((16, 8), 2, 16, 4), ((16, 4), 3, 64, 12), ((4, 4), 4, 8, 8)]
 )
-def test_emulated_windows_of_other_plans(
-    tile: tuple[int, int], halo: int, queries: int, warps: int, host: Plans, monkeypatch: pytest.MonkeyPatch
+def test_ptx_windows_of_other_plans(
+    tile: tuple[int, int], halo: int, queries: int, warps: int, host: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What benchmarks.tune_ms_deform_attn tries gives the same results."""
 
@@ -144,10 +105,10 @@ def test_emulated_windows_of_other_plans(
     monkeypatch.setattr(cuda, "backward_plan", plan)
     case = make_pyramid(8, B=1, Q=13 * 18 + 7 * 9, D=16, P=4, shapes=[(13, 18), (7, 9)])
     check_against_reference(case, torch.float32, torch.float32, fused=True)
-    assert (host[1].tiled, host[1].tile, host[1].threads) == (True, tile, 32 * warps)
+    assert (host.plans[1].tiled, host.plans[1].tile, host.plans[1].threads) == (True, tile, 32 * warps)
 
 
-def test_emulated_windows_lie_where_the_samples_are(host: Plans) -> None:
+def test_ptx_windows_lie_where_the_samples_are(host: Launches) -> None:
     """Samples far from their queries, but close to each other: what is added to memory are sums, not taps."""
     H, W, P, D = 24, 24, 4, 16
     case = make_pyramid(7, B=1, Q=H * W, D=D, P=P, shapes=[(H, W)], padded=False)
@@ -161,7 +122,7 @@ def test_emulated_windows_lie_where_the_samples_are(host: Plans) -> None:
 
 
 @pytest.mark.parametrize("together", ["a query's", "all"])
-def test_emulated_windows_take_samples_at_one_place(together: str, host: Plans) -> None:
+def test_ptx_windows_take_samples_at_one_place(together: str, host: Launches) -> None:
     """Samples that follow each other add to the same pixels: none may be lost."""
     case = make_pyramid(6, B=1, Q=12 * 13, D=16, P=4, shapes=[(12, 13)], padded=False)
     if together == "all":
@@ -174,14 +135,14 @@ def test_emulated_windows_take_samples_at_one_place(together: str, host: Plans) 
 
 
 @pytest.mark.parametrize(("reference_size", "D"), [(2, 33), (4, 64), (0, 16)])
-def test_emulated_kernels_without_windows(reference_size: int, D: int, host: Plans) -> None:
+def test_ptx_kernels_without_windows(reference_size: int, D: int, host: Launches) -> None:
     case = make_case(1, B=2, Q=37, D=D, H=3, reference_size=reference_size or 2, padded=reference_size > 0)
     check_against_reference(case, torch.float32, torch.float32, fused=reference_size > 0)
-    assert [plan.tiled for plan in host] == [False, False]
-    assert all(("CHANNELS", str(D)) in plan.macros for plan in host)
+    assert [plan.tiled for plan in host.plans] == [False, False]
+    assert all(("CHANNELS", str(D)) in plan.macros for plan in host.plans)
 
 
-def test_emulated_kernels_ignore_samples_that_are_nowhere(host: Plans) -> None:
+def test_ptx_kernels_ignore_samples_that_are_nowhere(host: Launches) -> None:
     case = make_case(2, D=16, reference_size=4)
     flat = case.offsets.view(-1, 2)
     for i, bad in enumerate([float("nan"), float("inf"), float("-inf"), 1e30, -1e30, 1e9]):
@@ -190,7 +151,7 @@ def test_emulated_kernels_ignore_samples_that_are_nowhere(host: Plans) -> None:
 
 
 @pytest.mark.parametrize("tiled", [True, False])
-def test_emulated_deterministic_backward(tiled: bool, host: Plans) -> None:
+def test_ptx_deterministic_backward(tiled: bool, host: Launches) -> None:
     """Fixed-point sums are as exact as float32 ones, whatever the magnitude; infinite gradients stay visible."""
     case = make_pyramid(3, B=1, Q=99, D=16, shapes=[(9, 11)]) if tiled else make_case(3, B=1, Q=33, D=16)
     value, reference, offsets, logits = (t.detach() for t in case.fused(torch.float32))
@@ -210,11 +171,11 @@ def test_emulated_deterministic_backward(tiled: bool, host: Plans) -> None:
         assert not cuda.backward(grad, arguments, True)[0].isfinite().all()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert ("DETERMINISTIC", "1") in host[-1].macros
-    assert host[-1].tiled == tiled
+    assert ("DETERMINISTIC", "1") in host.plans[-1].macros
+    assert host.plans[-1].tiled == tiled
 
 
-def test_emulated_kernels_take_views_and_mixed_types(host: Plans) -> None:
+def test_ptx_kernels_take_views_and_mixed_types(host: Launches) -> None:
     case = make_case(4, D=16)
     value, reference, offsets, logits = (t.detach() for t in case.fused(torch.float32))
     flat = [6, 5, 3, 4]
@@ -225,3 +186,25 @@ def test_emulated_kernels_take_views_and_mixed_types(host: Plans) -> None:
         Arguments(shifted, flat, case.valid_sizes.int(), reference.double(), transposed, logits.double())
     )
     assert torch.equal(plain, mixed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_ptx_of_random_signatures(seed: int, host: Launches) -> None:
+    rng = random.Random(100 * host.architecture + seed)
+    levels, tiled, fused = rng.randint(1, 5), rng.random() < 0.6, rng.random() < 0.7
+    options: dict[str, Any] = {"B": rng.randint(1, 2), "H": rng.randint(1, 3), "P": rng.randint(1, 8)}
+    options["D"] = rng.choice([1, 2, 6, 8, 24, 32, 33, 40, 64, 100, 256])
+    options["shapes"] = [(rng.randint(1, 7), rng.randint(1, 7)) for _ in range(levels)]
+    dtype = rng.choice(list(TOLERANCE))
+    sample_dtype = rng.choice([torch.float32, dtype])
+    if tiled:
+        case = make_pyramid(seed, Q=sum(h * w for h, w in options["shapes"]), **options)
+    else:
+        case = make_case(seed, Q=rng.randint(1, 40), reference_size=rng.choice([2, 4]), **options)
+    torch.use_deterministic_algorithms(rng.random() < 0.3)
+    try:
+        check_against_reference(case, dtype, sample_dtype, fused)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(host.plans) == 2
