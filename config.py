@@ -14,8 +14,9 @@ import yaml
 from datasets import DataConfig
 from engine.optimizer import OptimizerConfig, Schedule, StepSchedule
 from engine.trainer_config import TrainerConfig
+from former_keys import modernise
 from losses import Criterion
-from models import Detector, DINOConfig
+from models import AnyDetector, DINOConfig
 from schema import KeyPathError, decode, merge, plain
 
 
@@ -23,7 +24,7 @@ from schema import KeyPathError, decode, merge, plain
 class Config:
     """Everything that defines a run."""
 
-    model: Detector = field(default_factory=DINOConfig)
+    model: AnyDetector = field(default_factory=DINOConfig)
     """Detector, picked by name."""
     criterion: Criterion = field(default_factory=Criterion)
     """What is supervised, by which losses and which matcher."""
@@ -43,7 +44,7 @@ class Config:
     """Implementation of multi-scale deformable attention."""
 
     def __post_init__(self) -> None:
-        self.criterion.check(self.model.decoder_layers, self.model.has_encoder_output)
+        self.criterion.check(self.model.matched_layers, self.model.given_groups)
 
 
 class ConfigError(ValueError):
@@ -142,7 +143,8 @@ def _parse_override(text: str) -> dict[str, Any]:
 def _decode_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> Config:
     origins: dict[tuple[str, ...], str] = {}
     merged: dict[str, Any] = {}
-    for source, values in layers:
+    for source, given in layers:
+        values = modernise(given)
         _record_origins(values, (), source, origins)
         merged = merge(Config, None, merged, values)
     try:

@@ -28,9 +28,6 @@ from ops.ms_deform_attn import describe_backend, set_default_backend
 
 log = logging.getLogger(__name__)
 
-PRETRAINED = "backbone.body"
-"""The part of a model that ``pretrained`` weights would fill, if no checkpoint took their place."""
-
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__, allow_abbrev=False)
@@ -85,8 +82,10 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
         torch.manual_seed(cfg.seed)
         model = cfg.model.build(len(categories), load_backbone=loaded is None and args.init_from is None)
         if loaded is None and args.init_from is not None:
-            required = None if cfg.model.backbone.pretrained is False else PRETRAINED
-            for line in initialise_from(model, args.init_from, categories, required=required).report():
+            transfer = initialise_from(
+                model, args.init_from, categories, by_class=model.class_parts, required=model.pretrained_part
+            )
+            for line in transfer.report():
                 log.info("%s: %s", args.init_from, line)
         optimizer = cfg.optimizer.build(model.to(device))
     step = OptimizerStep(

@@ -1,15 +1,34 @@
 """The values that flow between packages during one step of training or evaluation.
 
-Sizes in the shape comments: L decoder layers, B images, Q queries, C classes, G targets in the batch, M matches.
+Sizes in the shape comments: L layers, B images, Q queries, C classes, G targets in the batch, M matches.
 Boxes are ``cxcywh``, relative to the unpadded image, unless the name says otherwise.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``function`` to every tensor of a nest of the named tuples below; whatever else they hold stays."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(part, function) for part in value))
+    return value
+
+
+class Images(NamedTuple):
+    """What a detector looks at: images padded with zeros on the right and at the bottom, so that sizes say it all."""
+
+    pixels: Tensor
+    """[B, 3, H, W] float32 RGB, normalised."""
+    sizes: Tensor
+    """[B, 2] int64 (height, width) of each image before padding."""
 
 
 class Targets(NamedTuple):
@@ -21,13 +40,14 @@ class Targets(NamedTuple):
     """[G, 4] float32 cxcywh in [0, 1] of the unpadded image."""
     counts: tuple[int, ...]
     """Targets per image, on the host: B integers that sum to G."""
+    seeds: tuple[int, ...] = ()
+    """One seed per image, from which the noise of its denoising queries is drawn: a result then depends neither on how
+    the batch is split over processes nor on the number of data-loading workers. Empty where nothing is drawn."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
-        return Targets(
-            self.labels.to(device, non_blocking=non_blocking),
-            self.boxes.to(device, non_blocking=non_blocking),
-            self.counts,
-        )
+    def to(self, device: torch.device | str) -> Targets:
+        """These targets on a device."""
+        moved: Targets = map_tensors(self, lambda tensor: tensor.to(device))
+        return moved
 
     def split(self) -> list[tuple[Tensor, Tensor]]:
         """(labels, boxes) of each image."""
@@ -35,39 +55,47 @@ class Targets(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images of different sizes, padded with zeros on the right and at the bottom only, so that sizes say it all."""
+    """What a data loader gives: images with their targets, and where they come from."""
 
-    images: Tensor
-    """[B, 3, H, W] float32 RGB, normalised."""
-    image_sizes: Tensor
-    """[B, 2] int64 (height, width) of each image before padding."""
+    images: Images
+    """Pixels and sizes: the input of a detector."""
     targets: Targets
+    """Ground truth: for training and metrics only."""
     image_ids: Tensor
     """[B] int64, as in the annotation file."""
     original_sizes: Tensor
     """[B, 2] int64 (height, width) of the image file, before any augmentation."""
-    seeds: tuple[int, ...]
-    """One seed per image, from which everything random about it is drawn: a result then depends neither on how the
-    batch is split over processes nor on the number of data-loading workers."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        return Batch(
-            self.images.to(device, non_blocking=non_blocking),
-            self.image_sizes.to(device, non_blocking=non_blocking),
-            self.targets.to(device, non_blocking),
-            self.image_ids.to(device, non_blocking=non_blocking),
-            self.original_sizes.to(device, non_blocking=non_blocking),
-            self.seeds,
-        )
+        """This batch on a device; ``non_blocking`` as in torch."""
+        moved: Batch = map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return moved
+
+
+class BatchSize(NamedTuple):
+    """Size of the global batch, over all processes and accumulation steps: what losses are averaged over."""
+
+    num_targets: float
+    """Targets, at least 1."""
+    num_images: int
+    """Images, with or without targets."""
 
 
 class Prediction(NamedTuple):
-    """Class logits and boxes of some queries."""
+    """Class logits and boxes of some queries in some layers."""
 
     logits: Tensor
-    """[..., Q, C], before the sigmoid."""
+    """[L, B, Q, C], before sigmoid or softmax."""
     boxes: Tensor
-    """[..., Q, 4] cxcywh in [0, 1] of the unpadded image."""
+    """[L, B, Q, 4] cxcywh in [0, 1] of the unpadded image."""
+
+    def layer(self, index: int) -> Prediction:
+        """Logits [B, Q, C] and boxes [B, Q, 4] of one layer."""
+        return Prediction(self.logits[index], self.boxes[index])
+
+    def queries(self, chosen: slice) -> Prediction:
+        """The same layers of some of the queries."""
+        return Prediction(self.logits[:, :, chosen], self.boxes[:, :, chosen])
 
 
 class Matches(NamedTuple):
@@ -83,28 +111,42 @@ class Matches(NamedTuple):
     """[M] int64 index into the concatenated targets of the batch."""
 
 
-class Denoising(NamedTuple):
-    """Predictions for noised targets, whose matches are known beforehand (DINO, arXiv 2203.03605, section 3.3)."""
+class QueryGroup(NamedTuple):
+    """Predictions that are supervised together: decoder layers, encoder proposals, noised targets, further branches."""
 
-    decoder: Prediction
-    """[L, B, Qdn, ·]; images with fewer denoising queries than the largest are padded at the end."""
-    matches: Matches
-    """Which query denoises which target; the same for every layer, so ``layer`` is given for all L."""
-    num_groups: Tensor
-    """[B] float32: denoising groups of each image (at least 1); its loss is divided by it."""
-    valid: Tensor
-    """[B, Qdn] bool: False for padding, which must not be supervised."""
+    prediction: Prediction
+    """Of L layers; the encoder's proposals are one layer."""
+    matches: Matches | None = None
+    """Pairs that are known beforehand (denoising), for all L layers; None: the matcher finds them."""
+    image_scale: Tensor | None = None
+    """[B] float32 factor of the losses of each image; None for 1."""
+    valid: Tensor | None = None
+    """[B, Q] bool, False for padding, which is not supervised; None where every query counts."""
+    class_agnostic: bool = False
+    """Whether the one logit says "an object", whatever its class: all labels then count as 0."""
 
 
 class DetectorOutputs(NamedTuple):
     """Everything a detector predicts for a batch."""
 
-    decoder: Prediction
-    """[L, B, Q, ·]; the last layer is the result."""
-    encoder: Prediction | None
-    """[B, Q, ·] proposals that were selected as queries; None for detectors without query selection."""
-    denoising: Denoising | None
-    """None outside training, or if switched off."""
+    groups: dict[str, QueryGroup]
+    """By name, in the order of supervision; the last layer of "decoder" is the result."""
+
+    @property
+    def result(self) -> Prediction:
+        """Logits [B, Q, C] and boxes [B, Q, 4] of the last decoder layer."""
+        return self.groups["decoder"].prediction.layer(-1)
+
+
+class Looking(NamedTuple):
+    """Where the queries of a batch look in a cross-attention: P places in each of L levels, for each of H heads."""
+
+    locations: Tensor
+    """[B, Q, H, L, P, 2] (x, y) relative to the unpadded image; may lie outside of [0, 1]."""
+    weights: Tensor
+    """[B, Q, H, L, P], summing to 1 over levels and places."""
+    reference: Tensor | None
+    """[B, Q, 4] cxcywh box or [B, Q, 2] point around which a query looks; None if it has neither."""
 
 
 class LossOutput(NamedTuple):

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from analysis.best_regressed import best_regressed
 from analysis.detections_file import ImageInfo
 from analysis.matching import Floats, ImageObjects
 from analysis.pages import Picture, bare, draw_box, show
-from analysis.sampling import Sampling
 from analysis.style import COLOURS, COLUMN, FONT, MARKERS, drawing
 from ops.boxes import cxcywh_to_xyxy
+from structures import Looking
 
 CROP = 2.6
 """Side of what is shown of an image, in longer sides of the target; more where points lie beyond it."""
@@ -92,7 +93,7 @@ class LookingQuery(NamedTuple):
     box_xyxy: Floats
     """[4] predicted."""
     reference_xyxy: Floats
-    """[4] around which the points lie: the prediction of the layer before."""
+    """[4] around which the points lie: the prediction of the layer before, or its centre; NaN if there is none."""
     points: Floats
     """[H, L, P, 2] (x, y)."""
     weights: Floats
@@ -104,7 +105,7 @@ def looking_query(
     objects: ImageObjects,
     scores: Floats,
     boxes_xyxy: Floats,
-    sampling: Sampling,
+    looking: Looking,
     place: int,
     size: tuple[int, int],
 ) -> LookingQuery:
@@ -115,7 +116,7 @@ def looking_query(
         objects: of the image.
         scores: [Q, C] in [0, 1] of all queries.
         boxes_xyxy: [Q, 4] in pixels.
-        sampling: of the batch.
+        looking: of the batch.
         place: of the image in the batch.
         size: (height, width) of the image in pixels.
     """
@@ -129,10 +130,19 @@ def looking_query(
         float(best.score[0]),
         float(best.iou[0]),
         boxes_xyxy[query],
-        cxcywh_to_xyxy(sampling.reference[place, query]).double().numpy() * np.tile(scale, 2),
-        sampling.locations[place, query].double().numpy() * scale,
-        sampling.weights[place, query].double().numpy(),
+        _corners(looking, place, query) * np.tile(scale, 2),
+        looking.locations[place, query].double().numpy() * scale,
+        looking.weights[place, query].double().numpy(),
     )
+
+
+def _corners(looking: Looking, place: int, query: int) -> Floats:
+    """[4] xyxy of the reference of a query: a box, or a point as an empty one; NaN without reference."""
+    if looking.reference is None:
+        return np.full(4, np.nan)
+    reference = torch.nn.functional.pad(looking.reference[place, query], (0, 4 - looking.reference.shape[-1]))
+    corners: Floats = cxcywh_to_xyxy(reference).double().numpy()
+    return corners
 
 
 class LookingRow(NamedTuple):
@@ -191,7 +201,9 @@ def crop_window(target_xyxy: Floats, queries: Sequence[LookingQuery], size: tupl
     side = float((target_xyxy[2:] - target_xyxy[:2]).max())
     needed = max(0.5 * side, 1.0)
     for query in queries:
-        corners = np.stack([query.box_xyxy, query.reference_xyxy]).reshape(-1, 2)
+        corners = np.nan_to_num(np.stack([query.box_xyxy, query.reference_xyxy]), nan=float(query.box_xyxy[0])).reshape(
+            -1, 2
+        )
         distance = np.abs(query.points.reshape(-1, 2) - centre).max(axis=1)
         needed = max(needed, float(np.abs(corners - centre).max()), float(np.quantile(distance, SHOWN_POINTS)))
     needed = 1.05 * min(needed, max(size))

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from losses import IABCE, Criterion
-from matchers import Mixed
-from structures import DetectorOutputs, Prediction, Targets
+from matchers import Mixed, match_groups
+from structures import DetectorOutputs, Targets
 from tests.losses import criterion_oracle
 from tests.losses.criterion_cases import make_outputs
 
@@ -61,8 +61,7 @@ def case(images: int, targets: int) -> tuple[DetectorOutputs, Targets]:
         for image, (labels, boxes) in enumerate(ground_truth.split()):
             near = torch.randperm(900, generator=generator)[: 2 * targets]
             owner = torch.arange(len(near)) % targets
-            for prediction in (outputs.decoder, outputs.encoder):
-                assert prediction is not None
+            for prediction in (group.prediction for group in outputs.groups.values()):
                 noise = 0.02 * torch.randn(*prediction.boxes.shape[:-3], len(near), 4, generator=generator)
                 prediction.boxes[..., image, near, :] = (boxes[owner] + noise).clamp(0.01, 0.99)
                 prediction.logits[..., image, near, labels[owner]] += 3
@@ -71,12 +70,12 @@ def case(images: int, targets: int) -> tuple[DetectorOutputs, Targets]:
 
 def compare(targets: int, candidates: int, repeats: int) -> dict[str, float]:
     outputs, ground_truth = case(2, targets)
-    assert outputs.encoder is not None
-    leaves = [*outputs.decoder, *outputs.encoder]
+    leaves = [leaf for group in outputs.groups.values() for leaf in group.prediction]
     matcher = Mixed(candidates=candidates)
     config = Criterion(classification=IABCE(), matcher=matcher, prime_sample_tau=TAU)
-    layers = list(matcher.layer_candidates(7))
-    stacked = {"encoder": Prediction(*(part[None] for part in outputs.encoder)), "decoder": outputs.decoder}
+    candidates_of = matcher.candidates_by_layer({"encoder": 1, "decoder": 6})
+    layers = [k for group in candidates_of.values() for k in group]
+    matchers = dict.fromkeys(outputs.groups, matcher)
 
     def ours() -> None:
         torch.autograd.grad(config(outputs, ground_truth).total, leaves)
@@ -86,7 +85,12 @@ def compare(targets: int, candidates: int, repeats: int) -> dict[str, float]:
         torch.autograd.grad(total, leaves)
 
     times = milliseconds(
-        {"ours": ours, "matching": lambda: matcher.match(stacked, ground_truth), "oracle": oracle}, repeats
+        {
+            "ours": ours,
+            "matching": lambda: match_groups(outputs.groups, matchers, candidates_of, ground_truth),
+            "oracle": oracle,
+        },
+        repeats,
     )
     return {
         "targets": targets,
@@ -99,8 +103,7 @@ def compare(targets: int, candidates: int, repeats: int) -> dict[str, float]:
 
 def crowded(images: int, targets: int, candidates: int, repeats: int) -> dict[str, float]:
     outputs, ground_truth = case(images, targets)
-    assert outputs.encoder is not None
-    leaves = [*outputs.decoder, *outputs.encoder]
+    leaves = [leaf for group in outputs.groups.values() for leaf in group.prediction]
     config = Criterion(classification=IABCE(), matcher=Mixed(candidates=candidates), prime_sample_tau=TAU)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = milliseconds(

@@ -97,7 +97,7 @@ def measure_loading(images: int, repeats: int) -> dict[str, float]:
         loader = config.build_train_loader(split.build(split="train"), seed=0)
         epoch = iter(range(1_000_000))
         runs: dict[str, Callable[[], object]] = {
-            "ours": lambda: [step[0].images.shape for step in loader.iterate(next(epoch))],
+            "ours": lambda: [step[0].images.pixels.shape for step in loader.iterate(next(epoch))],
             "torchvision": torchvision_pipeline(root),
         }
         times = best_times(runs, repeats, time.process_time)

@@ -19,7 +19,7 @@ import config
 from benchmarks.ms_deform_attn import RESULTS, machine
 from models import BackboneConfig, DINOConfig
 from ops.ms_deform_attn import available_backends, set_default_backend
-from structures import Batch, Targets
+from structures import Batch, Images, Targets
 
 
 def make_batch(size: tuple[int, int], images: int, device: str) -> Batch:
@@ -27,7 +27,7 @@ def make_batch(size: tuple[int, int], images: int, device: str) -> Batch:
     sizes = torch.tensor([size] * images)
     boxes = torch.rand(5 * images, 4) * 0.2 + 0.3
     targets = Targets(torch.zeros(5 * images, dtype=torch.long), boxes, (5,) * images)
-    batch = Batch(torch.randn(images, 3, *size), sizes, targets, torch.arange(images), sizes, tuple(range(images)))
+    batch = Batch(Images(torch.randn(images, 3, *size), sizes), targets, torch.arange(images), sizes)
     return batch.to(device)
 
 
@@ -46,7 +46,7 @@ def make_call(arguments: argparse.Namespace) -> Callable[[], object]:
 
         @torch.inference_mode()
         def infer() -> object:
-            return model(batch)
+            return model(batch.images)
 
         return infer
     if criterion is None:
@@ -54,7 +54,7 @@ def make_call(arguments: argparse.Namespace) -> Callable[[], object]:
 
     def step() -> object:
         model.zero_grad()
-        return criterion(model(batch), batch.targets).total.backward()
+        return criterion(model(batch.images, batch.targets), batch.targets).total.backward()
 
     return step
 

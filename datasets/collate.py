@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from datasets.coco import LoadedSample, Sample
-from structures import Batch, Targets
+from structures import Batch, Images, Targets, map_tensors
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,7 @@ class Loaded:
 
     def pin_memory(self) -> Loaded:
         """Called by torch's data loader; its own way through tuples would turn those of ``Batch`` into lists."""
-        return Loaded(tuple(_pin(batch) for batch in self.batches), self.skipped)
-
-
-def _pin(batch: Batch) -> Batch:
-    targets = batch.targets
-    return batch._replace(
-        images=batch.images.pin_memory(),
-        image_sizes=batch.image_sizes.pin_memory(),
-        targets=targets._replace(labels=targets.labels.pin_memory(), boxes=targets.boxes.pin_memory()),
-        image_ids=batch.image_ids.pin_memory(),
-        original_sizes=batch.original_sizes.pin_memory(),
-    )
+        return Loaded(tuple(map_tensors(batch, Tensor.pin_memory) for batch in self.batches), self.skipped)
 
 
 def make_batch(
@@ -56,16 +46,15 @@ def make_batch(
         _, own_height, own_width = sample.image.shape
         padded[:, :own_height, :own_width].copy_(sample.image).sub_(offset).mul_(scale)
     return Batch(
-        images=images,
-        image_sizes=sizes,
+        images=Images(images, sizes),
         targets=Targets(
             torch.cat([sample.labels for sample in samples]),
             torch.cat([sample.boxes for sample in samples]),
             tuple(len(sample.labels) for sample in samples),
+            tuple(sample.seed for sample in samples),
         ),
         image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         original_sizes=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
-        seeds=tuple(sample.seed for sample in samples),
     )
 
 

@@ -18,7 +18,7 @@ from engine import distributed
 from engine.coco_metrics import STATISTICS, BoxMetrics, MetricBackend, box_metrics, read_ground_truth
 from engine.loaders import Loader
 from engine.whole_files import replacing
-from structures import Batch, Detections
+from structures import Batch, Detections, Images
 
 log = logging.getLogger(__name__)
 
@@ -165,11 +165,11 @@ def _percent(fraction: float) -> float | None:
     return None if fraction < 0 else 100.0 * float(fraction)
 
 
-class Detector(Protocol):
+class Evaluated(Protocol):
     """What evaluation needs of a model."""
 
-    def __call__(self, batch: Batch) -> Any:
-        """Outputs for a batch."""
+    def __call__(self, images: Images) -> Any:
+        """Outputs for padded images."""
 
     def postprocess(self, outputs: Any, original_sizes: Tensor) -> list[Detections]:
         """Detections in pixels of the original images."""
@@ -191,7 +191,7 @@ def evaluate(
     batches: they meet only at the end.
 
     Args:
-        model: called with a ``Batch``; has ``postprocess(outputs, original_sizes)``.
+        model: called with ``Images``; has ``postprocess(outputs, original_sizes)``.
         loader: batches of this process.
         evaluator: is reset first.
         device: to run on.
@@ -201,14 +201,14 @@ def evaluate(
     """
     device = torch.device(device)
     was_training = model.training
-    detector = cast("Detector", model.eval())
+    detector = cast("Evaluated", model.eval())
     evaluator.reset()
     precision = torch.autocast(device.type, dtype=amp_dtype) if amp_dtype is not None else nullcontext()
     try:
         with torch.inference_mode(), precision:
             for done, batch in enumerate(loader, start=1):
                 moved = batch.to(device, non_blocking=True)
-                detections = detector.postprocess(detector(moved), moved.original_sizes)
+                detections = detector.postprocess(detector(moved.images), moved.original_sizes)
                 evaluator.update(batch.image_ids, detections)
                 if on_batch is not None:
                     on_batch(done, batch, detections)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.records import read_metrics
 from engine.whole_files import replacing
+from ops.boxes import cxcywh_to_xyxy
 from structures import Batch, Detections
 
 # Okabe and Ito's palette: distinguishable with the common forms of colour blindness.
@@ -44,13 +45,13 @@ def annotated_images(
         std: likewise.
     """
     result = []
-    pixels = batch.images.detach().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    sizes, originals = batch.image_sizes.cpu(), batch.original_sizes.cpu()
+    pixels = batch.images.pixels.detach().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    sizes, originals = batch.images.sizes.cpu(), batch.original_sizes.cpu()
     for i, (labels, boxes) in enumerate(batch.targets.to("cpu").split()):
         height, width = sizes[i].tolist()
         image = (pixels[i, :, :height, :width].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-        corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], dim=-1) * scale
+        corners = cxcywh_to_xyxy(boxes) * scale
         original = originals[i].flip(0).repeat(2).float()
         found = detections[i]
         found = Detections(found.scores.cpu(), found.labels.cpu(), found.boxes_xyxy.cpu() * (scale / original))

@@ -14,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from engine import distributed
-from structures import Batch, DetectorOutputs, LossOutput, Targets
+from structures import Batch, BatchSize, DetectorOutputs, Images, LossOutput, Targets
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Criterion = Callable[[DetectorOutputs, Targets, float], LossOutput]
+Criterion = Callable[[DetectorOutputs, Targets, float, int], LossOutput]
+"""Called with outputs, targets, and the number of targets and images in the global batch."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,10 +60,10 @@ def seed_step(seed: int, rank: int, step: int) -> None:
 
 
 def forward_loss(
-    model: Callable[[Batch], DetectorOutputs],
+    model: Callable[[Images, Targets], DetectorOutputs],
     criterion: Criterion,
     batch: Batch,
-    num_targets: float,
+    size: BatchSize,
     device: torch.device,
     precision: Precision,
     refusals: list[str] | None = None,
@@ -74,9 +75,9 @@ def forward_loss(
     then added to ``refusals``.
     """
     with autocast(device, precision):
-        outputs = model(batch)
+        outputs = model(batch.images, batch.targets)
     try:
-        return criterion(outputs, batch.targets, num_targets)
+        return criterion(outputs, batch.targets, *size)
     except ValueError as error:
         if is_finite(outputs):
             raise
@@ -118,7 +119,7 @@ class OptimizerStep:
 
         Args:
             model: on ``device`` already.
-            criterion: called with (outputs, targets, number of targets in the global batch).
+            criterion: called with (outputs, targets, number of targets, number of images in the global batch).
             optimizer: over the model's parameters.
             device: of this process.
             precision: of the model's forward pass; fp16 scales the loss.
@@ -140,12 +141,12 @@ class OptimizerStep:
                 gradient_as_bucket_view=True,
             )
 
-    def backward(self, batches: Sequence[Batch], num_targets: float) -> tuple[Tensor, list[LossOutput]]:
+    def backward(self, batches: Sequence[Batch], size: BatchSize) -> tuple[Tensor, list[LossOutput]]:
         """Compute clipped gradients of the whole step.
 
         Args:
             batches: this process's micro-batches, on any device.
-            num_targets: in the global batch, over all processes and micro-batches.
+            size: of the global batch, over all processes and micro-batches.
 
         Returns:
             Global gradient norm before clipping, the same on every process and non-finite on all if any loss or
@@ -159,7 +160,7 @@ class OptimizerStep:
         for index, batch in enumerate(batches):
             batch = batch.to(self.device, non_blocking=True)
             with self._synchronised(index == len(batches) - 1):
-                loss = forward_loss(self.model, self.criterion, batch, num_targets, self.device, self.precision)
+                loss = forward_loss(self.model, self.criterion, batch, size, self.device, self.precision)
                 total = loss.total
                 # Times one; but times NaN if the loss is not finite. Its gradient could be finite all the same, and
                 # the other processes, which learn of it through the gradients, would go on.

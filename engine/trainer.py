@@ -22,7 +22,7 @@ from engine.runs.run_directory import CURVES, METRICS, PREDICTIONS, forget_after
 from engine.runs.signals import STOPPING, Interrupted, StopRequest
 from engine.step import OptimizerStep, seed_step
 from engine.trainer_config import TrainerConfig
-from structures import Batch
+from structures import Batch, BatchSize
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Trainer:
             batches = [] if stop.signal_number else next(stream)
             waited = time.perf_counter() - began
             num_targets = self._agree(stop, sum(sum(batch.targets.counts) for batch in batches))
-            norm = self._train_step(batches, max(1, num_targets), progress)
+            norm = self._train_step(batches, BatchSize(max(1, num_targets), self.batch_size), progress)
             progress.end_step(self.batch_size, time.perf_counter() - began, waited)
             self.step += 1
             if self.step % self.config.log_every == 0 or self.step == self.total_steps:
@@ -196,16 +196,16 @@ class Trainer:
                 raise Interrupted(number, self.step)
         return total
 
-    def _train_step(self, batches: list[Batch], num_targets: int, progress: Progress) -> float:
+    def _train_step(self, batches: list[Batch], size: BatchSize, progress: Progress) -> float:
         """Take one step, or skip it where it is not finite; returns the gradient norm before clipping."""
         step = self.optimizer_step
         set_learning_rate(step.optimizer, self.schedule.factor(self.step, self.steps_per_epoch))
         seed_step(self.seed, distributed.rank(), self.step)
         self.faults.remember_buffers(step.module)
-        gradient_norm, losses = step.backward(batches, num_targets)
+        gradient_norm, losses = step.backward(batches, size)
         norm = float(gradient_norm)
         if not math.isfinite(norm):
-            self.faults.handle(step, self.step, batches, num_targets, losses)
+            self.faults.handle(step, self.step, batches, size, losses)
             return norm
         step.update()
         if self.average is not None:

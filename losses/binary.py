@@ -50,6 +50,19 @@ class ClassificationLoss:
         """
         return iou.detach()
 
+    def score(self, logits: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        """Score [M] of the target's class in the matched rows, detached; arguments as for the call."""
+        return at_least_float32(logits.detach()[rows, labels]).sigmoid()
+
+    def normaliser(self, num_targets: float | Tensor, num_queries: int) -> float | Tensor:
+        """By what the loss of a layer is divided, summed over the global batch; here the number of targets.
+
+        Args:
+            num_targets: in the global batch, at least 1.
+            num_queries: of the layer, in the global batch.
+        """
+        return num_targets
+
     def __call__(
         self,
         logits: Tensor,

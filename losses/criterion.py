@@ -1,7 +1,8 @@
-"""What is supervised, by what: decoder layers, encoder output and denoising queries through the same code."""
+"""What is supervised, by what: every group of queries of a detector through the same code."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,9 +16,9 @@ from losses.classification import Classification
 from losses.diagnostics import instability, matching_diagnostics
 from losses.focal import Focal
 from losses.ranking import prime_sample_weights, rank_within
-from matchers import Hungarian, Matcher
+from matchers import Hungarian, LayerwiseMatcher, Matcher, match_groups
 from ops.boxes import cxcywh_to_xyxy, paired_iou
-from structures import Denoising, DetectorOutputs, LossOutput, Matches, Prediction, Targets
+from structures import DetectorOutputs, LossOutput, Matches, Prediction, QueryGroup, Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,35 +37,31 @@ class LossWeights:
             raise ValueError("criterion.weights must not be negative")
 
 
-class _Supervision(NamedTuple):
-    """Predictions that are supervised together: [L, B, Q, ·] and their matches."""
+@dataclass(frozen=True, kw_only=True)
+class GroupSupervision:
+    """How the supervision of one group of queries differs from that of the others."""
 
-    layers: list[str]
-    """Their L names, such as decoder.5."""
-    prediction: Prediction
-    matches: Matches
-    candidates: tuple[int, ...] | None
-    """Queries that a target may take in each layer; None if the matches are given, not found: then they are neither
-    ranked nor described."""
-    image_scale: Tensor | None = None
-    """[B] factor of the losses of each image; None for 1."""
-    valid: Tensor | None = None
-    """[B, Q] False where a query is not supervised; None for everywhere."""
+    matcher: Matcher | None = None
+    """A matcher for this group alone; null for the criterion's, which treats all its groups together."""
+    weight: float = 1.0
+    """Factor of all losses of the group in the total."""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"criterion.groups: a weight must not be negative, found {self.weight}")
 
 
 class _Pairs(NamedTuple):
-    """M matched pairs of all supervisions in their order: those that are ranked come first."""
+    """M matched pairs of all groups, in the order of the groups: what concerns pairs is computed once for all."""
 
-    layer_names: list[str]
-    """Of all supervisions."""
-    ranked: int
-    """How many pairs are ranked."""
-    layer: Tensor
-    """[M] index into ``layer_names``."""
     rows: list[Tensor]
-    """For each supervision, indices of its pairs into its [L·B·Q] rows."""
+    """For each group, indices of its pairs into its [L·B·Q] rows."""
+    labels: list[Tensor]
+    """For each group, the logit that stands for the target of each of its pairs."""
+    layer: Tensor
+    """[M] index into the layers of all groups together."""
     target: Tensor
-    label: Tensor
+    """[M] index into the targets of the batch."""
     score: Tensor
     """[M] of the target's class, detached."""
     iou: Tensor
@@ -72,8 +69,13 @@ class _Pairs(NamedTuple):
     boxes: Tensor
     """[M, 4] predicted."""
     target_boxes: Tensor
+    """[M, 4] of the target."""
     scale: Tensor | None
     """[M] factor of each pair's losses; None for 1."""
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Parts of [M] values that belong to each group."""
+        return list(values.split([len(rows) for rows in self.rows]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,154 +96,222 @@ class Criterion:
     """Overlap loss of boxes, beside L1."""
     weights: LossWeights = field(default_factory=LossWeights)
     """Factors of the terms in the total."""
+    groups: dict[str, GroupSupervision] = field(default_factory=dict)
+    """What is different for a group of queries, by the group's name, such as one_to_many or denoising."""
 
     def __post_init__(self) -> None:
         if self.prime_sample_tau is not None and not self.prime_sample_tau > 0:
             raise ValueError(f"criterion.prime_sample_tau must be positive or null, not {self.prime_sample_tau}")
 
-    def check(self, num_decoder_layers: int, has_encoder_output: bool) -> None:
-        """Raise ValueError if the matcher does not fit a model of this many supervised layers."""
-        self.matcher.layer_candidates(num_decoder_layers + has_encoder_output)
+    def check(self, found: Mapping[str, int], given: tuple[str, ...] = ()) -> None:
+        """Raise ValueError if the criterion does not fit a detector.
+
+        Args:
+            found: layers of each group whose matches the matcher finds, in the order of supervision.
+            given: names of the groups whose matches are known beforehand.
+        """
+        for name, supervision in self.groups.items():
+            if name not in (*found, *given):
+                known = ", ".join((*found, *given))
+                raise ValueError(f"criterion.groups: the detector has no group '{name}', but {known}")
+            if name in given and supervision.matcher is not None:
+                raise ValueError(f"criterion.groups.{name}.matcher: the matches of this group are known beforehand")
+        self._candidates(found)
 
     def __call__(
-        self, outputs: DetectorOutputs, targets: Targets, num_targets: float | Tensor | None = None
+        self,
+        outputs: DetectorOutputs,
+        targets: Targets,
+        num_targets: float | Tensor | None = None,
+        num_images: int | None = None,
     ) -> LossOutput:
         """Losses of a batch, computed in float32 whatever the autocast state.
 
         Args:
-            outputs: of a detector; the encoder output and the denoising queries may be missing.
+            outputs: of a detector, with any groups of queries.
             targets: of the same images, on the same device; labels in 0..C-1. Never modified.
             num_targets: number of targets in the global batch (over processes and accumulation steps), the
                 normaliser of all terms, taken as 1 if it is less; None for that of ``targets``.
+            num_images: number of images in the global batch, for losses that average over queries; None for that of
+                ``targets``.
 
         Returns:
             total with gradient; detached terms and diagnostics by layer. Terms are unweighted.
 
         Raises:
-            NonFinitePredictionError: a prediction is NaN or infinite; names supervision, layer and image.
+            NonFinitePredictionError: a prediction is NaN or infinite; names group, layer and image.
             ValueError: the matcher lists candidates for another number of layers.
         """
-        with torch.autocast(outputs.decoder.logits.device.type, enabled=False):
-            supervisions = self._match(outputs, targets)
-            pairs = _collect_pairs(supervisions, targets)
-            rank, weight = self._rank(pairs, targets)
+        with torch.autocast(targets.boxes.device.type, enabled=False):
+            groups, candidates = self._match(outputs.groups, targets)
+            pairs = self._collect_pairs(groups.values(), targets)
+            rank, weight = self._rank(pairs, len(targets.labels), len(candidates))
             normaliser = _normaliser(num_targets, targets)
+            images = len(targets.counts) if num_images is None else num_images
             sums = {
-                "class": self._classification_sums(supervisions, pairs, weight) / normaliser,
-                **{name: values / normaliser for name, values in self._box_sums(pairs, weight).items()},
+                "class": self._class_sums(groups, pairs, weight, normaliser, images),
+                **{name: values / normaliser for name, values in self._box_sums(groups, pairs, weight).items()},
             }
             weights = (self.weights.classification, self.weights.bbox, self.weights.giou)
-            total = torch.stack([w * s.sum() for w, s in zip(weights, sums.values(), strict=True)]).sum()
+            in_total = self._in_total(groups, targets.boxes)
+            total = torch.stack([w * (in_total * s).sum() for w, s in zip(weights, sums.values(), strict=True)]).sum()
+            names = [layer for name, group in groups.items() for layer in _layer_names(name, group)]
             terms = {
                 f"{layer}/{name}": value
                 for name, values in sums.items()
-                for layer, value in zip(pairs.layer_names, values.detach().unbind(0), strict=True)
+                for layer, value in zip(names, values.detach().unbind(0), strict=True)
             }
-            return LossOutput(total, terms, _describe(supervisions, pairs, rank, len(targets.labels)))
+            found = {name: groups[name] for name in candidates}
+            described = _describe(found, candidates, pairs, rank, len(targets.labels))
+            return LossOutput(total, terms, described)
 
-    def _match(self, outputs: DetectorOutputs, targets: Targets) -> list[_Supervision]:
-        """Everything that is supervised, with its matches: encoder output, decoder layers, denoising queries."""
-        names = {"decoder": [f"decoder.{i}" for i in range(outputs.decoder.logits.shape[0])]}
-        predictions = {"decoder": outputs.decoder}
-        if outputs.encoder is not None:
-            logits, boxes = outputs.encoder
-            predictions = {"encoder": Prediction(logits[None], boxes[None]), **predictions}
-            names["encoder"] = ["encoder"]
-        denoising = [] if outputs.denoising is None else [_denoising_supervision(outputs.denoising)]
-        watched = {"denoising": denoising[0].prediction} if denoising else None
-        found = self.matcher.match(predictions, targets, watched)
-        candidates = self.matcher.layer_candidates(sum(len(layers) for layers in names.values()))
-        supervisions = []
-        for name, prediction in predictions.items():
-            own, candidates = candidates[: len(names[name])], candidates[len(names[name]) :]
-            supervisions.append(_Supervision(names[name], prediction, found[name], own))
-        return supervisions + denoising
+    def _candidates(self, layers: Mapping[str, int]) -> tuple[dict[str, LayerwiseMatcher], dict[str, tuple[int, ...]]]:
+        """Matcher of each group, and the most queries a target may take in each layer, of groups without matches."""
+        own = {name: group.matcher for name, group in self.groups.items() if group.matcher and name in layers}
+        shared = {name: count for name, count in layers.items() if name not in own}
+        found = self.matcher.candidates_by_layer(shared)
+        for name, matcher in own.items():
+            found |= matcher.candidates_by_layer({name: layers[name]})
+        return {name: own.get(name, self.matcher) for name in layers}, {name: found[name] for name in layers}
 
-    def _rank(self, pairs: _Pairs, targets: Targets) -> tuple[Tensor, Tensor | None]:
-        """Rank of each ranked pair among the candidates of its target, and weights of all pairs (None: equal)."""
-        quality = self.classification.quality(pairs.score[: pairs.ranked], pairs.iou[: pairs.ranked])
-        rank = rank_within(quality, (pairs.layer * len(targets.labels) + pairs.target)[: pairs.ranked])
+    def _match(
+        self, groups: Mapping[str, QueryGroup], targets: Targets
+    ) -> tuple[dict[str, QueryGroup], dict[str, tuple[int, ...]]]:
+        """All groups with their matches, those whose matches were found here first, and the latter's candidates."""
+        groups = {name: _without_padding(group) for name, group in groups.items()}
+        layers = {name: len(group.prediction.logits) for name, group in groups.items() if group.matches is None}
+        matchers, candidates = self._candidates(layers)
+        matches = match_groups(groups, matchers, candidates, targets)
+        found = {name: groups[name]._replace(matches=matches[name]) for name in layers}
+        return found | {name: group for name, group in groups.items() if name not in found}, candidates
+
+    def _collect_pairs(self, groups: Collection[QueryGroup], targets: Targets) -> _Pairs:
+        """The matched pairs of all groups."""
+        layers, rows, labels, boxes, scores, scales = [], [], [], [], [], []
+        layers_before = 0
+        for group in groups:
+            prediction, matches = group.prediction, _matches(group)
+            num_layers, num_images, num_queries, num_logits = prediction.logits.shape
+            row = (matches.layer * num_images + matches.image) * num_queries + matches.query
+            label = targets.labels[matches.target]
+            label = torch.zeros_like(label) if group.class_agnostic else label
+            layers.append(matches.layer + layers_before)
+            rows.append(row)
+            labels.append(label)
+            boxes.append(at_least_float32(prediction.boxes.reshape(-1, 4)[row]))
+            scores.append(self.classification.score(prediction.logits.reshape(-1, num_logits), row, label))
+            scales.append(None if group.image_scale is None else group.image_scale[matches.image])
+            layers_before += num_layers
+        target = torch.cat([_matches(group).target for group in groups])
+        matched = torch.cat(boxes)
+        target_boxes = targets.boxes[target].to(matched.dtype)
+        scale = None
+        if any(part is not None for part in scales):
+            ones = [
+                matched.new_ones(len(row)) if part is None else part for part, row in zip(scales, rows, strict=True)
+            ]
+            scale = torch.cat(ones)
+        return _Pairs(
+            rows=rows,
+            labels=labels,
+            layer=torch.cat(layers),
+            target=target,
+            score=torch.cat(scores),
+            iou=paired_iou(cxcywh_to_xyxy(matched.detach()), cxcywh_to_xyxy(target_boxes)),
+            boxes=matched,
+            target_boxes=target_boxes,
+            scale=scale,
+        )
+
+    def _rank(self, pairs: _Pairs, num_targets: int, num_found: int) -> tuple[Tensor, Tensor | None]:
+        """Rank of each pair of the first groups among the candidates of its target; weights of all (None: equal)."""
+        ranked = slice(sum(len(rows) for rows in pairs.rows[:num_found]))
+        quality = self.classification.quality(pairs.score[ranked], pairs.iou[ranked])
+        rank = rank_within(quality, (pairs.layer * num_targets + pairs.target)[ranked])
         if self.prime_sample_tau is None:
             return rank, None
         weight = prime_sample_weights(rank, self.prime_sample_tau, pairs.iou.dtype)
-        return rank, F.pad(weight, (0, len(pairs.iou) - pairs.ranked), value=1.0)
+        return rank, F.pad(weight, (0, len(pairs.iou) - len(rank)), value=1.0)
 
-    def _classification_sums(self, supervisions: list[_Supervision], pairs: _Pairs, weight: Tensor | None) -> Tensor:
-        """Summed classification loss of each layer of all supervisions."""
-        sums, first = [], 0
-        for supervision, rows in zip(supervisions, pairs.rows, strict=True):
-            own = slice(first, first + len(rows))
-            first += len(rows)
-            logits, matches = supervision.prediction.logits, supervision.matches
-            losses = self.classification(
-                logits.reshape(-1, logits.shape[-1]),
-                rows,
-                pairs.label[own],
-                pairs.iou[own],
-                None if weight is None else weight[own],
-                matches.layer * logits.shape[1] + matches.image,
-            ).view(logits.shape[:-1])
-            if supervision.valid is not None:
-                losses = losses.where(supervision.valid, 0)
+    def _class_sums(
+        self,
+        groups: Mapping[str, QueryGroup],
+        pairs: _Pairs,
+        weight: Tensor | None,
+        num_targets: float | Tensor,
+        num_images: int,
+    ) -> Tensor:
+        """Normalised classification loss of each layer of all groups."""
+        sums = []
+        weights = [None] * len(groups) if weight is None else pairs.split(weight)
+        of_groups = zip(groups.values(), pairs.rows, pairs.labels, pairs.split(pairs.iou), weights, strict=True)
+        for group, rows, labels, iou, own in of_groups:
+            logits, matches = group.prediction.logits, _matches(group)
+            image = matches.layer * logits.shape[1] + matches.image
+            losses = self.classification(logits.reshape(-1, logits.shape[-1]), rows, labels, iou, own, image)
+            losses = losses.view(logits.shape[:-1])
+            if group.valid is not None:
+                losses = losses.where(group.valid, 0)
             losses = losses.sum(-1)
-            sums.append((losses if supervision.image_scale is None else losses * supervision.image_scale).sum(-1))
+            losses = (losses if group.image_scale is None else losses * group.image_scale).sum(-1)
+            sums.append(losses / self.classification.normaliser(num_targets, num_images * logits.shape[2]))
         return torch.cat(sums)
 
-    def _box_sums(self, pairs: _Pairs, weight: Tensor | None) -> dict[str, Tensor]:
-        """Summed L1 and overlap losses of each layer of all supervisions."""
+    def _box_sums(self, groups: Mapping[str, QueryGroup], pairs: _Pairs, weight: Tensor | None) -> dict[str, Tensor]:
+        """Summed L1 and overlap losses of each layer of all groups."""
         losses = torch.stack(box_losses(pairs.boxes, pairs.target_boxes, self.overlap))  # [2, M]
         if weight is not None:
             losses = losses * weight
         if pairs.scale is not None:
             losses = losses * pairs.scale
         # A masked sum instead of index_add: the same bits in every run, on every device.
-        index = torch.arange(len(pairs.layer_names), device=losses.device)[:, None]
+        num_layers = sum(len(group.prediction.logits) for group in groups.values())
+        index = torch.arange(num_layers, device=losses.device)[:, None]
         bbox, overlap = torch.where(pairs.layer == index, losses[:, None], 0).sum(-1)
         return {"bbox": bbox, self.overlap: overlap}
 
-
-def _collect_pairs(supervisions: list[_Supervision], targets: Targets) -> _Pairs:
-    """The matched pairs of all supervisions, so that what concerns pairs is computed once for all."""
-    layer, rows, boxes, logits, scale = [], [], [], [], []
-    names: list[str] = []
-    for supervision in supervisions:
-        prediction, matches = supervision.prediction, supervision.matches
-        _, num_images, num_queries, num_classes = prediction.logits.shape
-        own = (matches.layer * num_images + matches.image) * num_queries + matches.query
-        layer.append(matches.layer + len(names))
-        rows.append(own)
-        boxes.append(at_least_float32(prediction.boxes.reshape(-1, 4)[own]))
-        entry = prediction.logits.detach().reshape(-1, num_classes)[own, targets.labels[matches.target]]
-        logits.append(at_least_float32(entry))
-        if supervision.image_scale is not None:
-            scale.append(supervision.image_scale[matches.image])
-        names += supervision.layers
-    target = torch.cat([supervision.matches.target for supervision in supervisions])
-    matched, target_boxes = torch.cat(boxes), targets.boxes[target].to(boxes[0].dtype)
-    num_unscaled = len(target) - sum(len(part) for part in scale)
-    return _Pairs(
-        layer_names=names,
-        ranked=sum(len(own) for own, s in zip(rows, supervisions, strict=True) if s.candidates),
-        layer=torch.cat(layer),
-        rows=rows,
-        target=target,
-        label=targets.labels[target],
-        score=torch.cat(logits).sigmoid(),
-        iou=paired_iou(cxcywh_to_xyxy(matched.detach()), cxcywh_to_xyxy(target_boxes)),
-        boxes=matched,
-        target_boxes=target_boxes,
-        scale=F.pad(torch.cat(scale), (num_unscaled, 0), value=1.0) if scale else None,
-    )
+    def _in_total(self, groups: Mapping[str, QueryGroup], like: Tensor) -> Tensor | float:
+        """Factor of each layer of all groups; 1 if none is weighted."""
+        if all(group.weight == 1 for group in self.groups.values()):
+            return 1.0
+        weights = {name: group.weight for name, group in self.groups.items()}
+        return torch.cat([like.new_full((len(g.prediction.logits),), weights.get(n, 1.0)) for n, g in groups.items()])
 
 
-def _describe(supervisions: list[_Supervision], pairs: _Pairs, rank: Tensor, num_targets: int) -> dict[str, Tensor]:
-    """Diagnostics of the supervisions whose matches were found here."""
-    found = [supervision for supervision in supervisions if supervision.candidates]
-    candidates = [k for supervision in found for k in supervision.candidates or ()]
-    first = slice(pairs.ranked)
+def _layer_names(name: str, group: QueryGroup) -> list[str]:
+    """encoder; decoder.0, decoder.1, …: the encoder's proposals are no layers."""
+    return [name] if name == "encoder" else [f"{name}.{i}" for i in range(len(group.prediction.logits))]
+
+
+def _matches(group: QueryGroup) -> Matches:
+    assert group.matches is not None
+    return group.matches
+
+
+def _without_padding(group: QueryGroup) -> QueryGroup:
+    """The group with constants where it is not valid: whatever stands there is replaced, not multiplied by 0."""
+    if group.valid is None:
+        return group
+    padding = ~group.valid[..., None]
+    logits, boxes = group.prediction
+    return group._replace(prediction=Prediction(logits.masked_fill(padding, 0), boxes.masked_fill(padding, 0.5)))
+
+
+def _describe(
+    found: Mapping[str, QueryGroup],
+    candidates: Mapping[str, tuple[int, ...]],
+    pairs: _Pairs,
+    rank: Tensor,
+    num_targets: int,
+) -> dict[str, Tensor]:
+    """Diagnostics of the groups whose matches were found here."""
+    if not found:
+        return {}
+    names = {name: _layer_names(name, group) for name, group in found.items()}
+    first = slice(len(rank))
     described = matching_diagnostics(
-        pairs.layer_names[: len(candidates)],
-        candidates,
+        [layer for layers in names.values() for layer in layers],
+        [k for name in names for k in candidates[name]],
         pairs.layer[first],
         pairs.target[first],
         rank,
@@ -249,22 +319,7 @@ def _describe(supervisions: list[_Supervision], pairs: _Pairs, rank: Tensor, num
         pairs.iou[first],
         num_targets,
     )
-    return described | instability([supervision[:3] for supervision in found])
-
-
-def _denoising_supervision(denoising: Denoising) -> _Supervision:
-    """Denoising queries with their given matches; whatever padding queries hold is replaced, not multiplied by 0."""
-    padding = ~denoising.valid[..., None]
-    logits, boxes = denoising.decoder
-    prediction = Prediction(logits.masked_fill(padding, 0), boxes.masked_fill(padding, 0.5))
-    return _Supervision(
-        layers=[f"denoising.{i}" for i in range(logits.shape[0])],
-        prediction=prediction,
-        matches=denoising.matches,
-        candidates=None,
-        image_scale=1 / denoising.num_groups.float().clamp(min=1),
-        valid=denoising.valid,
-    )
+    return described | instability([(names[name], group.prediction, _matches(group)) for name, group in found.items()])
 
 
 def _normaliser(num_targets: float | Tensor | None, targets: Targets) -> float | Tensor:

@@ -64,14 +64,13 @@ def matching_diagnostics(
         "unmatched": num_targets - matched,
         "score_iou_correlation": correlation,
     }
-    for r, (ious, scores) in enumerate(zip(mean_iou.unbind(0), mean_score.unbind(0), strict=True)):
-        columns |= {f"iou_rank{r}": ious, f"score_rank{r}": scores}
     described: dict[str, Tensor] = {}
     for column, values in columns.items():
-        rank_of_column = int(column.rpartition("rank")[2]) if "rank" in column else 0
-        for name, k, value in zip(names, candidates, values.unbind(0), strict=True):
-            if rank_of_column < k:
-                described[f"{name}/{column}"] = value
+        described |= {f"{name}/{column}": value for name, value in zip(names, values.unbind(0), strict=True)}
+    for r, (ious, scores) in enumerate(zip(mean_iou, mean_score, strict=True)):
+        for name, k, iou_of, score_of in zip(names, candidates, ious.unbind(0), scores.unbind(0), strict=True):
+            if r < k:
+                described |= {f"{name}/iou_rank{r}": iou_of, f"{name}/score_rank{r}": score_of}
     return described
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from matchers.cost import MatchingCost
+from matchers.cost import Cost, FocalCost
 from matchers.matching import LayerwiseMatcher
 
 
@@ -14,10 +15,9 @@ class Hungarian(LayerwiseMatcher):
     """The assignment of one query to each target that costs least in total."""
 
     name: Literal["hungarian"] = "hungarian"
-    """Picks this matcher."""
-    cost: MatchingCost = field(default_factory=MatchingCost)
+    cost: Cost = field(default_factory=FocalCost)
     """What matching a query with a target costs."""
 
-    def layer_candidates(self, num_layers: int) -> tuple[int, ...]:
-        """Queries that a target may take in each of ``num_layers`` supervised layers: one."""
-        return (1,) * num_layers
+    def candidates_by_layer(self, layers: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """One query for each target, in every layer of every group."""
+        return {group: (1,) * count for group, count in layers.items()}

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from matchers.assignment import assign
-from matchers.cost import MatchingCost
-from structures import Matches, Prediction, Targets
+from matchers.cost import Cost, pairwise_cost
+from structures import Matches, Prediction, QueryGroup, Targets
 
 
 class NonFinitePredictionError(ValueError):
@@ -20,103 +20,107 @@ class NonFinitePredictionError(ValueError):
 
 
 class LayerwiseMatcher(ABC):
-    """Assigns queries to targets at the least total cost; how many queries a target may take is up to the layer."""
+    """Says which queries are matched with which targets: a pure function on the host, from costs to pairs.
 
-    cost: MatchingCost
+    A subclass says how many queries a target may take in each layer, at the least total cost; or it overrides
+    :meth:`pairs`, where its rule is another.
+    """
+
+    cost: Cost
 
     @abstractmethod
-    def layer_candidates(self, num_layers: int) -> tuple[int, ...]:
-        """Queries that a target may take in each of ``num_layers`` supervised layers.
-
-        Raises:
-            ValueError: the configuration does not fit this many layers.
-        """
-
-    def match(
-        self,
-        predictions: Mapping[str, Prediction],
-        targets: Targets,
-        watched: Mapping[str, Prediction] | None = None,
-    ) -> dict[str, Matches]:
-        """Several supervisions at once; see ``match_supervisions``."""
-        num_layers = sum(prediction.logits.shape[0] for prediction in predictions.values())
-        return match_supervisions(predictions, targets, self.layer_candidates(num_layers), self.cost, watched)
-
-    def __call__(self, prediction: Prediction, targets: Targets) -> Matches:
-        """Match all layers and images; the last layer of ``prediction`` counts as the last decoder layer.
+    def candidates_by_layer(self, layers: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """The most queries that a target may take, in each layer of each group.
 
         Args:
-            prediction: logits [L, B, Q, C] and boxes [L, B, Q, 4].
-            targets: of the same B images.
-
-        Returns:
-            Matches, sorted by layer, image, target, query; of an image with more targets than queries, only Q targets.
+            layers: number of layers of each group that this matcher is responsible for, in the order of supervision.
 
         Raises:
-            NonFinitePredictionError: a prediction is NaN or infinite.
-            ValueError: the configuration names another number of layers.
+            ValueError: the configuration does not fit these layers.
         """
-        return self.match({"prediction": prediction}, targets)["prediction"]
+
+    def pairs(self, cost: NDArray[np.float32], counts: Sequence[int], candidates: Sequence[int]) -> NDArray[np.int64]:
+        """Match the layers of one group, each by itself, at the least total cost.
+
+        Args:
+            cost: [L, B, max G, Q], finite; rows from an image's own number of targets on are meaningless.
+            counts: B numbers of targets.
+            candidates: L numbers of queries k that a target may take. An image with G targets uses max(1, min(k, Q // G)) of
+                them, whatever the other images hold.
+
+        Returns:
+            [4, M] layer, image, query and target (numbered within its image), sorted in this order; a query at most
+            once in a layer. If an image holds more targets than queries, the costliest targets are left out.
+        """
+        num_layers, num_images, max_targets, num_queries = cost.shape
+        if num_queries == 0:
+            return np.empty((4, 0), dtype=np.int64)
+        # One problem for each layer and image: P = L·B, numbered layer by layer.
+        layer, image = (index.reshape(-1) for index in np.indices((num_layers, num_images)))  # [P]
+        count = np.asarray(counts, dtype=np.int64)[image]  # [P] targets
+        k = np.minimum(np.asarray(candidates, dtype=np.int64)[layer], num_queries // np.maximum(count, 1))
+        k = np.maximum(k, 1)  # [P] queries of each target
+        query = assign(cost.reshape(-1, max_targets, num_queries), count, k)  # [Σ count·k], −1: left out
+        target = np.concatenate([np.repeat(np.arange(c), n) for c, n in zip(count, k, strict=True)])
+        table = np.stack([np.repeat(layer, count * k), np.repeat(image, count * k), query, target])
+        return table[:, query >= 0]
 
 
-def match_supervisions(
-    predictions: Mapping[str, Prediction],
+def match_groups(
+    groups: Mapping[str, QueryGroup],
+    matchers: Mapping[str, LayerwiseMatcher],
+    candidates: Mapping[str, Sequence[int]],
     targets: Targets,
-    candidates: Sequence[int],
-    cost: MatchingCost,
-    watched: Mapping[str, Prediction] | None = None,
 ) -> dict[str, Matches]:
-    """Match all layers and images of several supervisions at once, with one device-to-host copy in all.
+    """Find the matches of all groups that have none yet, with one device-to-host copy for all of them.
 
     Args:
-        predictions: by name, logits [L, B, Q, C] and boxes [L, B, Q, 4]; L and Q may differ between names.
+        groups: of a detector.
+        matchers: of each group without matches.
+        candidates: queries that a target may take, in each layer of each group without matches.
         targets: of the same B images.
-        candidates: queries that each target may take, for each layer of each supervision in their order. An image
-            with G targets uses max(1, min(k, Q // G)) of them, whatever the other images hold.
-        cost: the matching cost.
-        watched: further predictions to check for NaN and infinity at no additional synchronisation.
 
     Returns:
-        By name, the matches sorted by layer, image, target, query, on the device of the predictions. If an image
-        holds more targets than queries, all its queries are matched and the costliest targets are left out.
+        For each group without matches, its matches on the device of the predictions, sorted by layer, image, target
+        and query.
 
     Raises:
-        NonFinitePredictionError: a prediction is NaN or infinite; names supervision, layer and image.
+        NonFinitePredictionError: a prediction of any group is NaN or infinite; names group, layer and image.
     """
-    everything = {**predictions, **(watched or {})}
-    device = next(iter(everything.values())).logits.device
-    costs = {name: cost(prediction, targets) for name, prediction in predictions.items()}
-    checks = {name: _checksum(prediction) for name, prediction in everything.items()}
-    arrays = _to_host([*checks.values(), *costs.values()])
-    for name, checksum in zip(checks, arrays, strict=False):
+    wanted = {name: group for name, group in groups.items() if group.matches is None}
+    anything = targets._replace(labels=torch.zeros_like(targets.labels))
+    costs = [
+        pairwise_cost(matchers[name].cost, group.prediction, anything if group.class_agnostic else targets)
+        for name, group in wanted.items()
+    ]
+    checksums, costs_on_host = _to_host([_checksum(group.prediction) for group in groups.values()], costs)
+    for name, checksum in zip(groups, checksums, strict=True):
         _require_finite(name, checksum)
-    found = {}
-    layers_before = 0
-    for name, costs_on_host in zip(costs, arrays[len(checks) :], strict=True):
-        layers = len(costs_on_host)
-        found[name] = _assign_layers(costs_on_host, targets.counts, candidates[layers_before : layers_before + layers])
-        layers_before += layers
-    assert layers_before == len(candidates), "candidates must name exactly the layers"
-    table = _to_device(np.concatenate(list(found.values()), axis=1), device)
-    parts = table.split([columns.shape[1] for columns in found.values()], dim=1)
-    return {name: Matches(*part.unbind(0)) for name, part in zip(found, parts, strict=True)}
+    first_target = np.concatenate(([0], np.cumsum(targets.counts))).astype(np.int64)
+    tables = [np.empty((4, 0), dtype=np.int64)]
+    for name, cost in zip(wanted, costs_on_host, strict=True):
+        table = matchers[name].pairs(cost, targets.counts, candidates[name])
+        table[3] += first_target[table[1]]
+        tables.append(table)
+    device = next(iter(groups.values())).prediction.logits.device
+    parts = _to_device(np.concatenate(tables, axis=1), device).split([table.shape[1] for table in tables], dim=1)
+    return {name: Matches(*part.unbind(0)) for name, part in zip(wanted, parts[1:], strict=True)}
 
 
-def _assign_layers(cost: NDArray[np.float32], counts: tuple[int, ...], candidates: Sequence[int]) -> NDArray[np.int64]:
-    """(layer, image, query, target) [4, M] of cost [L, B, max G, Q]."""
-    num_layers, num_images, max_targets, num_queries = cost.shape
-    if num_queries == 0:
-        return np.empty((4, 0), dtype=np.int64)
-    layer, image = (index.reshape(-1) for index in np.indices((num_layers, num_images)))
-    count = np.asarray(counts, dtype=np.int64)[image]
-    capacity = np.minimum(np.asarray(candidates, dtype=np.int64)[layer], num_queries // np.maximum(count, 1))
-    capacity = np.maximum(capacity, 1)
-    query = assign(cost.reshape(num_layers * num_images, max_targets, num_queries), count, capacity)
-    first_target = np.concatenate(([0], np.cumsum(counts)))[image]
-    target = [first + np.repeat(np.arange(c), k) for first, c, k in zip(first_target, count, capacity, strict=True)]
-    slots = count * capacity
-    table = np.stack([np.repeat(layer, slots), np.repeat(image, slots), query, np.concatenate(target)])
-    return table[:, query >= 0]
+def match(matcher: LayerwiseMatcher, prediction: Prediction, targets: Targets) -> Matches:
+    """Match one prediction by itself; its last layer counts as the last decoder layer.
+
+    Args:
+        matcher: how.
+        prediction: logits [L, B, Q, C] and boxes [L, B, Q, 4].
+        targets: of the same B images.
+
+    Raises:
+        NonFinitePredictionError: the prediction is NaN or infinite.
+        ValueError: the matcher is configured for another number of layers.
+    """
+    candidates = matcher.candidates_by_layer({"decoder": prediction.logits.shape[0]})
+    return match_groups({"decoder": QueryGroup(prediction)}, {"decoder": matcher}, candidates, targets)["decoder"]
 
 
 def _checksum(prediction: Prediction) -> Tensor:
@@ -136,13 +140,13 @@ def _require_finite(name: str, checksum: NDArray[np.float32]) -> None:
         )
 
 
-def _to_host(tensors: list[Tensor]) -> list[NDArray[np.float32]]:
-    """Copies of float32 tensors on the host: one transfer, so one synchronisation, for all of them."""
+def _to_host(*lists: list[Tensor]) -> list[list[NDArray[np.float32]]]:
+    """Copies of float32 tensors on the host: one transfer, so one synchronisation, for all lists together."""
+    tensors = [tensor for part in lists for tensor in part]
     if tensors[0].device.type == "cpu":
-        return [tensor.numpy() for tensor in tensors]
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape).numpy() for part, tensor in zip(parts, tensors, strict=True)]
+        return [[tensor.numpy() for tensor in part] for part in lists]
+    flat = iter(torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([t.numel() for t in tensors]))
+    return [[next(flat).view(tensor.shape).numpy() for tensor in part] for part in lists]
 
 
 def _to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:

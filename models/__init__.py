@@ -1,11 +1,19 @@
-"""Detectors. To add one: a file with its config dataclass (a ``name`` and ``build``), and its name in ``Detector``."""
+"""Index of detectors: a new one is a file here and its config's name in ``AnyDetector``; parts they share in ``parts``."""
 
+from models.detector import Detector, DetectorConfig
 from models.dino import DINO, DINOConfig
 from models.parts.backbone import BackboneConfig
 from models.parts.denoising import DenoisingConfig
-from models.parts.postprocess import postprocess
 
-# The alternatives of `model:` in a configuration; with a second detector this becomes a union, picked by `name`.
-Detector = DINOConfig
+AnyDetector = DINOConfig
+"""The alternatives of ``model:`` in a configuration, picked by ``name``."""
 
-__all__ = ["DINO", "BackboneConfig", "DINOConfig", "DenoisingConfig", "Detector", "postprocess"]
+__all__ = [
+    "DINO",
+    "AnyDetector",
+    "BackboneConfig",
+    "DINOConfig",
+    "DenoisingConfig",
+    "Detector",
+    "DetectorConfig",
+]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import config
 from analysis.detections_file import ImageInfo, annotated_images
@@ -26,16 +26,17 @@ from analysis.looking import ChosenTarget, LookingQuery, LookingRow, chosen_targ
 from analysis.matching import Floats, ImageDetections
 from analysis.pages import Picture, draw_worst
 from analysis.report import Observation, Report, as_json, make_report, observe, scalars
-from analysis.sampling import Sampling, last_cross_attention, recorded
+from analysis.sampling import recorded
 from analysis.style import COLOURS
 from datasets import Category, CocoDataset
 from datasets.images import UnreadableImageError
 from engine import checkpoint, distributed
 from engine.evaluator import Evaluator
 from engine.step import DTYPES, configure_device
+from models import Detector
 from ops.boxes import cxcywh_to_xyxy
 from ops.ms_deform_attn import set_default_backend
-from structures import Batch
+from structures import Batch, DetectorOutputs, Looking
 
 PROGRESS_SECONDS = 20.0
 
@@ -45,7 +46,7 @@ class Subject(NamedTuple):
 
     label: str
     cfg: config.Config
-    model: nn.Module
+    model: Detector
     dataset: CocoDataset
     device: torch.device
 
@@ -127,19 +128,19 @@ def observe_subject(subject: Subject, images: Sequence[ImageInfo], chosen: Seque
     for batch in loader:
         places = {image_id: i for i, image_id in enumerate(batch.image_ids.tolist())}
         wanted = [target for target in chosen if target.image_id in places]
-        outputs, detections, sampling = _forward(subject, batch, bool(wanted))
+        outputs, detections, looked = _forward(subject, batch, bool(wanted))
         evaluator.update(batch.image_ids, detections)
-        scores = outputs.decoder.logits[-1].float().sigmoid().cpu().numpy().astype(np.float64)
-        boxes = _pixels(outputs.decoder.boxes[-1].float().cpu(), batch.original_sizes)
+        scores = subject.model.scores(outputs.result.logits).cpu().numpy().astype(np.float64)
+        boxes = _pixels(outputs.result.boxes.float().cpu(), batch.original_sizes)
         for image_id, i in places.items():
             found = ImageDetections(*(part.cpu().numpy() for part in detections[i]))
             found = ImageDetections(found.scores.astype(np.float64), found.labels, found.boxes_xyxy.astype(np.float64))
             observed[image_id] = observe(image_id, info[image_id].objects, found, scores[i], boxes[i])
         for target in wanted:
-            assert sampling is not None
+            assert looked is not None
             i, objects = places[target.image_id], info[target.image_id].objects
             height, width = batch.original_sizes[i].tolist()
-            looking[target] = looking_query(target.place, objects, scores[i], boxes[i], sampling, i, (height, width))
+            looking[target] = looking_query(target.place, objects, scores[i], boxes[i], looked, i, (height, width))
         if time.monotonic() - reported > PROGRESS_SECONDS:
             reported = time.monotonic()
             print(f"{subject.label}: {len(observed)} of {len(dataset)} images", flush=True)
@@ -148,17 +149,17 @@ def observe_subject(subject: Subject, images: Sequence[ImageInfo], chosen: Seque
     return Observed(observations, evaluator.compute(), looking)
 
 
-def _forward(subject: Subject, batch: Batch, with_sampling: bool) -> tuple[Any, list[Any], Sampling | None]:
-    """Outputs, detections, and the sampling of the last decoder layer where it is wanted."""
+def _forward(subject: Subject, batch: Batch, with_looking: bool) -> tuple[DetectorOutputs, list[Any], Looking | None]:
+    """Outputs, detections, and where the queries of the last decoder layer look, if it is wanted."""
     moved = batch.to(subject.device)
-    model: Any = subject.model
+    model = subject.model
     dtype = DTYPES.get(subject.cfg.trainer.precision)
     with torch.inference_mode(), torch.autocast(subject.device.type, dtype=dtype, enabled=dtype is not None):
-        if not with_sampling:
-            outputs = model(moved)
+        if not with_looking:
+            outputs = model(moved.images)
             return outputs, model.postprocess(outputs, moved.original_sizes), None
-        with recorded(last_cross_attention(subject.model)) as found:
-            outputs = model(moved)
+        with recorded(model.last_cross_attention) as found:
+            outputs = model(moved.images)
         return outputs, model.postprocess(outputs, moved.original_sizes), found[-1]
 
 

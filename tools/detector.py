@@ -129,7 +129,7 @@ class Detector:
         data = self.config.data
         batch = make_batch(samples, data.mean, data.std, data.pad_multiple).to(self.device)
         with torch.inference_mode():
-            detections = self.model.postprocess(self.model(batch), batch.original_sizes)
+            detections = self.model.postprocess(self.model(batch.images), batch.original_sizes)
         for found in detections:
             keep = found.scores >= threshold
             yield Detections(*(part[keep].cpu() for part in found))

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from config import Config
-from structures import Batch, Prediction, Targets
+from models import Detector
+from structures import Images
 from tools.detector import load_model
 
 Format = Literal["onnx", "torch_export"]
@@ -44,9 +45,9 @@ class Deployed(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], top_k: int) -> None:
+    def __init__(self, model: Detector, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.model, self.top_k = model, top_k
+        self.model = model
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
 
@@ -65,21 +66,7 @@ class Deployed(nn.Module):
         inside = (rows[:, :, None] & columns[:, None])[:, None]
         # Padding is zero after normalisation, as in training; no matter what the caller pads with.
         normalised = (images - self.mean) / self.std * inside
-        none = torch.zeros(0, dtype=torch.int64, device=images.device)
-        targets = Targets(none, torch.zeros(0, 4, device=images.device), ())
-        outputs = self.model(Batch(normalised, image_sizes, targets, none, image_sizes, ()))
-        logits, boxes = outputs.decoder.logits[-1], outputs.decoder.boxes[-1]
-        return select_best(Prediction(logits, boxes), image_sizes, self.top_k)
-
-
-def select_best(prediction: Prediction, image_sizes: Tensor, top_k: int) -> Outputs:
-    """What ``models.parts.postprocess`` does, for all images in one tensor."""
-    num_queries, num_classes = prediction.logits.shape[-2:]
-    scores, index = prediction.logits.sigmoid().flatten(1).topk(min(top_k, num_queries * num_classes))
-    query = (index // num_classes)[..., None].expand(-1, -1, 4)
-    centre, size = prediction.boxes.gather(1, query).split(2, dim=-1)
-    corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1)
-    return scores, index % num_classes, corners * image_sizes.flip(-1).repeat(1, 2)[:, None].to(corners.dtype)
+        return self.model.detect(self.model(Images(normalised, image_sizes)), image_sizes)
 
 
 def example(batch: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -210,9 +197,9 @@ def export(path: Path, kind: Format, out: Path, overrides: Sequence[str] = ()) -
     return check(deployed, read(kind, out))
 
 
-def deploy(model: nn.Module, config: Config) -> Deployed:
+def deploy(model: Detector, config: Config) -> Deployed:
     """The module that is exported."""
-    return Deployed(model, config.data.mean, config.data.std, config.model.detections_per_image).eval()
+    return Deployed(model, config.data.mean, config.data.std).eval()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

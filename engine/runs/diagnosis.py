@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from engine.checkpoint import serialise
 from engine.step import Criterion, Precision, forward_loss, is_finite, seed_step
 from engine.whole_files import replacing
-from structures import Batch, Targets
+from structures import Batch, BatchSize, Images, Targets
 
 KIND = "align-detr non-finite step"
 
@@ -103,7 +103,7 @@ def diagnose(
     model: nn.Module,
     criterion: Criterion,
     batches: Sequence[Batch],
-    num_targets: float,
+    size: BatchSize,
     *,
     device: torch.device,
     precision: Precision,
@@ -115,7 +115,7 @@ def diagnose(
         model: without the wrapper for distributed training, in training mode.
         criterion: as in training.
         batches: micro-batches of this process.
-        num_targets: in the global batch.
+        size: of the global batch.
         device: of the model.
         precision: of the forward pass.
         loss_scale: factor on the loss in fp16.
@@ -129,8 +129,8 @@ def diagnose(
     try:
         for batch in batches:
             batch = batch.to(device)
-            bad_inputs = bad_inputs or not is_finite([batch.images, batch.targets.boxes])
-            loss = forward_loss(model, criterion, batch, num_targets, device, precision, refusals)
+            bad_inputs = bad_inputs or not is_finite([batch.images.pixels, batch.targets.boxes])
+            loss = forward_loss(model, criterion, batch, size, device, precision, refusals)
             for name, value in (*loss.terms.items(), ("total", loss.total.detach())):
                 terms[name] = terms.get(name, 0.0) + float(value)
             (loss.total * loss_scale).backward()
@@ -158,7 +158,7 @@ class StepRecord(NamedTuple):
     rank: int
     step: int
     batches: list[Batch]
-    num_targets: float
+    size: BatchSize
     precision: Precision
     loss_scale: float
 
@@ -169,7 +169,7 @@ class StepRecord(NamedTuple):
             model,
             criterion,
             self.batches,
-            self.num_targets,
+            self.size,
             device=device,
             precision=self.precision,
             loss_scale=self.loss_scale,
@@ -181,14 +181,12 @@ class StepRecord(NamedTuple):
         Raises:
             OSError: if it cannot be written; nothing is left behind.
         """
-        batches = [
-            {**batch.to("cpu")._asdict(), "targets": batch.targets.to("cpu")._asdict()} for batch in self.batches
-        ]
         content = {
             **identity,
             **self._asdict(),
             "kind": KIND,
-            "batches": batches,
+            "size": tuple(self.size),
+            "batches": [as_tuples(batch.to("cpu")) for batch in self.batches],
             "image_ids": [int(image) for batch in self.batches for image in batch.image_ids],
             "diagnosis": diagnosis._asdict(),
             "weights": model.state_dict(),
@@ -205,6 +203,13 @@ class StepRecord(NamedTuple):
         """
         if content.get("kind") != KIND:
             raise ValueError(f"{path}: is not the dump of a non-finite step")
-        batches = [Batch(**{**values, "targets": Targets(**values["targets"])}) for values in content["batches"]]
-        values = {name: content[name] for name in cls._fields if name != "batches"}
-        return cls(batches=batches, **values)
+        if "size" not in content:
+            raise ValueError(f"{path}: was dumped by an earlier version: replay it with that version")
+        batches = [Batch(Images(*images), Targets(*targets), *rest) for images, targets, *rest in content["batches"]]
+        values = {name: content[name] for name in cls._fields if name not in ("batches", "size")}
+        return cls(batches=batches, size=BatchSize(*content["size"]), **values)
+
+
+def as_tuples(value: Any) -> Any:
+    """Plain tuples in the place of named ones, which a file that executes nothing when it is read cannot hold."""
+    return tuple(as_tuples(part) for part in value) if isinstance(value, tuple) else value

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine import distributed
 from engine.runs.diagnosis import StepRecord
 from engine.step import OptimizerStep
-from structures import Batch, LossOutput
+from structures import Batch, BatchSize, LossOutput
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class NonFiniteSteps:
         optimizer_step: OptimizerStep,
         step: int,
         batches: list[Batch],
-        num_targets: int,
+        size: BatchSize,
         losses: Sequence[LossOutput],
     ) -> None:
         """Skip the step; called by all processes together.
@@ -74,7 +74,7 @@ class NonFiniteSteps:
             log.info("step %d: gradients overflow at loss scale %g, skipped (%d so far)", step, scale, count)
             optimizer_step.skip()
             return
-        record = StepRecord(self.seed, distributed.rank(), step, batches, num_targets, optimizer_step.precision, scale)
+        record = StepRecord(self.seed, distributed.rank(), step, batches, size, optimizer_step.precision, scale)
         found = self._investigate(optimizer_step, record)
         optimizer_step.skip()
         self.counters["nonfinite_steps"] += 1

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from engine.checkpoint import CheckpointError, read_file
 
-CLASS_PARTS = ("class_head", "label_embedding")
-"""Modules with one row per class, wherever they are in a model."""
-
 
 class Transfer(NamedTuple):
     """Names of the tensors that were taken over, made anew, and left unused."""
@@ -43,7 +40,12 @@ class Transfer(NamedTuple):
 
 
 def initialise_from(
-    model: nn.Module, path: Path, categories: Sequence[Sequence[Any]], *, required: str | None = None
+    model: nn.Module,
+    path: Path,
+    categories: Sequence[Sequence[Any]],
+    *,
+    by_class: Sequence[str],
+    required: str | None = None,
 ) -> Transfer:
     """Start from the weights (the averaged ones, where there are) of a checkpoint or of a plain state dict.
 
@@ -51,6 +53,7 @@ def initialise_from(
         model: receives the weights.
         path: checkpoint of this program, or a dictionary of tensors, possibly under ``model`` or ``state_dict``.
         categories: [id, name] of each class of the new run.
+        by_class: names of modules with one row per class, wherever they are in the model.
         required: module all of whose tensors must come from the file, such as a backbone whose pretrained weights have
             not been loaded: parts of it may be frozen, and would stay random. None: no such module.
 
@@ -67,7 +70,7 @@ def initialise_from(
     result.new_classes.extend(name for name in names if name not in old_names)
     for name, tensor in expected.items():
         old = weights.get(name)
-        if old is not None and any(part in name.split(".") for part in CLASS_PARTS) and old_names != names:
+        if old is not None and any(part in name.split(".") for part in by_class) and old_names != names:
             merged = _merge_classes(tensor, old, old_names, names)
             if merged is not None:
                 tensor.copy_(merged)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.parts.memory import Memory
 from ops.ms_deform_attn import fused_ms_deform_attn
+from structures import Looking
 
 
 class DeformableAttention(nn.Module):
@@ -43,32 +43,39 @@ class DeformableAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(
-        self,
-        query: Tensor,
-        reference: Tensor,
-        memory: Tensor,
-        spatial_shapes: Sequence[tuple[int, int]],
-        valid_sizes: Tensor,
-    ) -> Tensor:
+    def forward(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """Attend from every query to a few sampled places of every level.
 
         Args:
             query: [B, Q, embed_dim], position encoding included.
             reference: [B, Q, 2] points or [B, Q, 4] cxcywh boxes, relative to the unpadded image.
-            memory: [B, S, embed_dim] features of all levels, flattened and concatenated.
-            spatial_shapes: (height, width) of each level; S is the sum of their products.
-            valid_sizes: [B, L, 2] (height, width) of the unpadded part of each level; the rest counts as zero.
+            memory: what is attended to; its padding counts as zero.
 
         Returns:
             [B, Q, embed_dim].
         """
-        value = self.value_projection(memory).unflatten(-1, (self.num_heads, -1))
-        groups = (self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*groups, 2))
-        logits = self.attention_weights(query).unflatten(-1, groups)
-        attended = fused_ms_deform_attn(value, spatial_shapes, valid_sizes, reference, offsets, logits)
+        value = self.value_projection(memory.features).unflatten(-1, (self.num_heads, -1))
+        offsets, logits = self._project(query)
+        attended = fused_ms_deform_attn(value, memory.spatial_shapes, memory.valid_sizes, reference, offsets, logits)
         return self.output_projection(attended)
+
+    def looking(self, query: Tensor, reference: Tensor, memory: Memory) -> Looking:
+        """Where the call with the same arguments looks (Deformable DETR, section 4.1 and appendix A.3)."""
+        offsets, logits = self._project(query)
+        if reference.shape[-1] == 2:
+            sizes = memory.valid_sizes.flip(-1)[:, None, None, :, None].to(offsets.dtype)  # (width, height)
+            locations = reference[:, :, None, None, None] + offsets / sizes
+        else:
+            centre, size = reference[:, :, None, None, None].chunk(2, dim=-1)
+            locations = centre + offsets / self.num_points * size * 0.5
+        weights = logits.flatten(-2).softmax(-1).view_as(logits)
+        return Looking(locations.float(), weights.float(), reference.float())
+
+    def _project(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Sampling offsets [B, Q, H, L, P, 2] and attention logits [B, Q, H, L, P]."""
+        shape = (self.num_heads, self.num_levels, self.num_points)
+        offsets = self.sampling_offsets(query).unflatten(-1, (*shape, 2))
+        return offsets, self.attention_weights(query).unflatten(-1, shape)
 
 
 class SelfAttention(nn.Module):
@@ -107,36 +114,3 @@ class SelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
         return self.output_projection(attended.transpose(1, 2).flatten(-2))
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a ReLU between them, residual and normalised after."""
-
-    def __init__(self, embed_dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.expand = nn.Linear(embed_dim, hidden_dim)
-        self.contract = nn.Linear(hidden_dim, embed_dim)
-        self.norm = nn.LayerNorm(embed_dim)
-        self.dropout = nn.Dropout(dropout)
-        for layer in (self.expand, self.contract):
-            nn.init.xavier_uniform_(layer.weight)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[..., embed_dim] → [..., embed_dim]."""
-        hidden = self.dropout(F.relu(self.expand(features)))
-        return self.norm(features + self.dropout(self.contract(hidden)))
-
-
-class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
-
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
-        super().__init__()
-        sizes = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[..., input_dim] → [..., output_dim]."""
-        for layer in self.layers[:-1]:
-            features = F.relu(layer(features))
-        return self.layers[-1](features)

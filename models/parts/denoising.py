@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from models.parts.heads import inverse_sigmoid
-from structures import Matches, Targets
+from ops.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from structures import Matches, Prediction, QueryGroup, Targets, map_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,33 +36,47 @@ class DenoisingConfig:
 
 
 class DenoisingQueries(NamedTuple):
-    """Additional queries; Qdn is 0 where the batch has no targets."""
+    """Additional queries, which come before those that are matched; Qdn is 0 where the batch has no targets."""
 
     content: Tensor
     """[B, Qdn, embed_dim]."""
     boxes: Tensor
     """[B, Qdn, 4] noised cxcywh boxes in (0, 1)."""
+    groups: Tensor
+    """[B, Qdn] int64 group of each query; -1 for padding, at the end of images with fewer queries than the largest."""
     matches: Matches
     """The positive queries' targets, repeated for every decoder layer."""
     num_groups: Tensor
-    """[B] float32."""
-    valid: Tensor
-    """[B, Qdn] bool; images with fewer queries are padded at the end."""
-    groups: Tensor
-    """[B, Qdn] int64 group of each query, -1 for padding."""
+    """[B] float32, at least 1; the losses of an image are divided by it."""
+
+    def before(self, content: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Content [B, Qdn + Q, embed_dim] and boxes [B, Qdn + Q, 4] of these and the given queries."""
+        content = torch.cat([self.content, content.to(self.content.dtype)], dim=1)
+        return content, torch.cat([self.boxes, boxes], dim=1)
+
+    def split(self, prediction: Prediction) -> tuple[QueryGroup, Prediction]:
+        """The supervised group of these queries, and the prediction of those that came after them."""
+        at = self.boxes.shape[1]
+        noised = prediction.queries(slice(None, at))
+        group = QueryGroup(noised, self.matches, image_scale=1 / self.num_groups, valid=self.groups >= 0)
+        return group, prediction.queries(slice(at, None))
 
 
 class _Layout(NamedTuple):
-    """Where the queries of one image go, and what is random about them; on the host."""
+    """Where the queries of an image go, and what is random about them; padded, those of a batch. On the host."""
 
     target: Tensor
-    """[N] index into the image's targets."""
+    """[N] index into the targets of the batch."""
     group: Tensor
     """[N]."""
     positive: Tensor
     """[N] bool."""
     noise: Tensor
-    """[N, 10]: four magnitudes, four signs, one draw that decides about the label, one that picks it; in [0, 1)."""
+    """[N, 10] in [0, 1): four magnitudes, four signs, one draw that decides about the label, one that picks it."""
+
+
+_PADDING = (0.0, -1.0, 0.0, 0.5)
+"""Of the fields of a layout."""
 
 
 class DenoisingGenerator(nn.Module):
@@ -76,67 +93,47 @@ class DenoisingGenerator(nn.Module):
         self.num_classes = num_classes
         self.label_embedding = nn.Embedding(num_classes, embed_dim)
 
-    def forward(self, targets: Targets, seeds: tuple[int, ...], num_layers: int) -> DenoisingQueries:
+    def forward(self, targets: Targets, num_layers: int) -> DenoisingQueries:
         """Make the queries of a batch.
 
         Args:
-            targets: ground truth; its ``counts`` fix all shapes, so that nothing waits for the device.
-            seeds: one per image.
-            num_layers: decoder layers that are going to predict them.
+            targets: ground truth; its ``counts`` fix all shapes, so that nothing waits for the device. Without
+                ``seeds``, they are drawn from torch's generator.
+            num_layers: decoder layers that are going to predict the queries.
         """
         device = targets.boxes.device
-        layouts = [self._layout(count, seed) for count, seed in zip(targets.counts, seeds, strict=True)]
-        length = max((len(layout.target) for layout in layouts), default=0)
-        image_start, first = [], 0
-        for count in targets.counts:
-            image_start.append(first)
-            first += count
-
-        def pad(name: str, fill: float, offsets: list[int] | None = None) -> Tensor:
-            rows = [getattr(layout, name) for layout in layouts]
-            if offsets is not None:
-                rows = [row + offset for row, offset in zip(rows, offsets, strict=True)]
-            shape = (len(rows), length, *rows[0].shape[1:])
-            padded = torch.full(shape, fill, dtype=rows[0].dtype)
-            for i, row in enumerate(rows):
-                padded[i, : len(row)] = row
-            return padded
-
-        positive, group, index = pad("positive", False), pad("group", -1), pad("target", 0, image_start)
-        image, query = positive.nonzero(as_tuple=True)
+        seeds = targets.seeds or torch.randint(2**62, (len(targets.counts),)).tolist()
+        firsts = itertools.accumulate(targets.counts, initial=0)
+        layouts = [self._layout(*image) for image in zip(targets.counts, firsts, seeds, strict=False)]
+        num_groups = torch.tensor([1.0 + max(layout.group.tolist(), default=0) for layout in layouts])
+        layout = _Layout(
+            *(
+                pad_sequence(list(rows), batch_first=True, padding_value=fill)
+                for rows, fill in zip(zip(*layouts, strict=True), _PADDING, strict=True)
+            )
+        )
+        image, query = layout.positive.nonzero(as_tuple=True)
         layer = torch.arange(num_layers).repeat_interleave(len(image))
-        repeated = [layer, *(part.repeat(num_layers) for part in (image, query, index[positive]))]
-        matches = Matches(*(part.to(device, non_blocking=True) for part in repeated))
-        groups = group.to(device, non_blocking=True)
-        num_groups = torch.tensor(
-            [max(1, int(layout.group.max()) + 1) if len(layout.group) else 1 for layout in layouts]
-        )
-        if length == 0:
-            labels, boxes = index.to(device), torch.zeros(len(layouts), 0, 4, device=device)
-        else:
-            noise = pad("noise", 0.5).to(device, non_blocking=True)
-            index = index.to(device, non_blocking=True)
-            labels = self._noised_labels(targets.labels[index], noise[..., 8], noise[..., 9])
-            boxes = self._noised_boxes(targets.boxes[index], positive.to(device, non_blocking=True), noise)
-        content = self.label_embedding(labels)
-        return DenoisingQueries(
-            content, boxes, matches, num_groups.float().to(device, non_blocking=True), groups >= 0, groups
-        )
+        repeated = (part.repeat(num_layers) for part in (image, query, layout.target[layout.positive]))
+        matches = map_tensors(Matches(layer, *repeated), lambda tensor: tensor.to(device, non_blocking=True))
+        target, groups, positive, noise = map_tensors(layout, lambda tensor: tensor.to(device, non_blocking=True))
+        content = self.label_embedding(self._noised_labels(targets.labels[target], noise[..., 8], noise[..., 9]))
+        boxes = self._noised_boxes(targets.boxes[target], positive, noise)
+        return DenoisingQueries(content, boxes, groups, matches, num_groups.to(device, non_blocking=True))
 
-    def _layout(self, count: int, seed: int) -> _Layout:
-        """Groups of ``count`` positives followed by ``count`` negatives."""
+    def _layout(self, count: int, first: int, seed: int) -> _Layout:
+        """Groups of ``count`` positives followed by ``count`` negatives, of the targets from ``first`` on."""
         generator = torch.Generator().manual_seed(seed % 2**63)
         kept = min(count, self.config.max_targets)
-        chosen = (
-            torch.randperm(count, generator=generator)[:kept].sort().values if kept < count else torch.arange(count)
-        )
+        chosen = torch.arange(count)
+        if kept < count:
+            chosen = torch.randperm(count, generator=generator)[:kept].sort().values
         num_groups = max(1, self.config.queries // kept) if kept else 0
-        size = 2 * kept * num_groups
         return _Layout(
-            target=chosen.repeat(2 * num_groups),
+            target=first + chosen.repeat(2 * num_groups),
             group=torch.arange(num_groups).repeat_interleave(2 * kept),
             positive=torch.tensor([True, False]).repeat_interleave(kept).repeat(num_groups),
-            noise=torch.rand(size, 10, generator=generator),
+            noise=torch.rand(2 * kept * num_groups, 10, generator=generator),
         )
 
     def _noised_labels(self, labels: Tensor, decision: Tensor, draw: Tensor) -> Tensor:
@@ -145,14 +142,11 @@ class DenoisingGenerator(nn.Module):
 
     def _noised_boxes(self, boxes: Tensor, positive: Tensor, noise: Tensor) -> Tensor:
         """Shift both corners; negatives by more than positives."""
-        centre, size = boxes[..., :2], boxes[..., 2:]
-        corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+        size = boxes[..., 2:]
         magnitude = noise[..., :4] + (~positive)[..., None]
         sign = torch.where(noise[..., 4:8] < 0.5, -1.0, 1.0)
         shift = sign * magnitude * (size / 2).repeat(1, 1, 2) * self.config.box_noise
-        corners = (corners + shift).clamp(0, 1)
-        low, high = corners[..., :2], corners[..., 2:]
-        noised = torch.cat([(low + high) / 2, high - low], dim=-1)
+        noised = xyxy_to_cxcywh((cxcywh_to_xyxy(boxes) + shift).clamp(0, 1))
         return inverse_sigmoid(noised, 1e-3).sigmoid()
 
 

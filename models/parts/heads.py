@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.parts.attention import MLP
+from models.parts.layers import MLP
 
 
 class PredictionHeads(nn.Module):
@@ -41,6 +42,18 @@ def inverse_sigmoid(values: Tensor, eps: float) -> Tensor:
     return torch.log(values.clamp(min=eps) / (1 - values).clamp(min=eps))
 
 
-def refine_boxes(boxes: Tensor, changes: Tensor, eps: float = 1e-3) -> Tensor:
-    """Move boxes in logit space: sigmoid(logit(boxes) + changes); [..., 4] float32."""
-    return (inverse_sigmoid(boxes.float(), eps) + changes).sigmoid()
+def refine_boxes(reference: Tensor, changes: Tensor, eps: float = 1e-3) -> Tensor:
+    """Move boxes in logit space: sigmoid(logit(reference) + changes).
+
+    Args:
+        reference: [..., 4] cxcywh boxes, or [..., 2] points, to which changes add the size.
+        changes: [..., 4].
+        eps: how near to 0 or 1 a reference may be when its logit is taken.
+
+    Returns:
+        [..., 4] float32 cxcywh in (0, 1).
+    """
+    logits = inverse_sigmoid(reference.float(), eps)
+    if reference.shape[-1] == 2:
+        logits = F.pad(logits, (0, 2))
+    return (logits + changes).sigmoid()

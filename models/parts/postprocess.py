@@ -1,30 +1,35 @@
-"""From predictions to detections."""
+"""From scores and boxes to detections: which queries, and where in pixels."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from structures import Detections, Prediction
+from ops.boxes import cxcywh_to_xyxy
 
 
-def postprocess(prediction: Prediction, original_sizes: Tensor, top_k: int = 300) -> list[Detections]:
-    """The best ``top_k`` of all (query, class) pairs, each with its query's box (Deformable DETR, DINO).
+def best_pairs(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best ``top_k`` of all (query, class) pairs (Deformable DETR, DINO); a query may be there for two classes.
 
     Args:
-        prediction: logits [B, Q, C], boxes [B, Q, 4] cxcywh in [0, 1] of the unpadded image.
-        original_sizes: [B, 2] (height, width) in pixels to which the boxes are scaled.
+        scores: [B, Q, C].
         top_k: detections per image (fewer where Q·C is less).
 
     Returns:
-        One :class:`Detections` per image, best first, boxes clipped to the image.
+        Score, label and query of each, best first: each [B, N].
     """
-    num_classes = prediction.logits.shape[-1]
-    scores, index = prediction.logits.float().sigmoid().flatten(1).topk(min(top_k, prediction.logits[0].numel()))
-    query = index.div(num_classes, rounding_mode="floor")
-    boxes = prediction.boxes.float().gather(1, query[..., None].expand(-1, -1, 4))
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    boxes_xyxy = torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1)
-    boxes_xyxy = boxes_xyxy * original_sizes.flip(-1).to(boxes_xyxy.dtype).repeat(1, 2)[:, None]
-    labels = index % num_classes
-    return [Detections(s, c, b) for s, c, b in zip(scores, labels, boxes_xyxy, strict=True)]
+    num_queries, num_classes = scores.shape[-2:]
+    values, index = scores.flatten(1).topk(min(top_k, num_queries * num_classes))
+    return values, index % num_classes, index // num_classes
+
+
+def best_classes(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best class of each query, of the best ``top_k`` queries (DETR): as :func:`best_pairs`."""
+    best, labels = scores.max(-1)
+    values, query = best.topk(min(top_k, scores.shape[1]))
+    return values, labels.gather(1, query), query
+
+
+def to_pixels(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """xyxy boxes [B, N, 4] in pixels, clipped to the image, of cxcywh boxes in [0, 1] and [B, 2] (height, width)."""
+    corners = cxcywh_to_xyxy(boxes).clamp(0, 1)
+    return corners * sizes.flip(-1).repeat(1, 2)[:, None].to(corners.dtype)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.parts.encoder import pixel_centres
 from models.parts.heads import PredictionHeads
+from models.parts.memory import Memory
 from structures import Prediction
 
 
-class SelectedQueries(NamedTuple):
-    """The best proposals of each image, best first."""
+class Proposals(NamedTuple):
+    """What every pixel proposes."""
 
-    prediction: Prediction
-    """Logits [B, Q, C] and boxes [B, Q, 4], with gradient: the encoder's own supervision."""
     features: Tensor
-    """[B, Q, embed_dim] of the selected pixels."""
-    tokens: Tensor
-    """[B, Q] int64 indices into the S pixels of all levels."""
+    """[B, S, embed_dim]."""
+    logits: Tensor
+    """[B, S, C]."""
+    anchors: Tensor
+    """[B, S, 4] logits of the cxcywh boxes that pixels start from."""
+    ranking: Tensor
+    """[B, S] by which they are selected, detached."""
 
 
 class QuerySelection(nn.Module):
@@ -36,42 +37,43 @@ class QuerySelection(nn.Module):
         self.proposal_size = proposal_size
         self.suppress_invalid = suppress_invalid
 
-    def forward(
-        self, memory: Tensor, spatial_shapes: Sequence[tuple[int, int]], valid_sizes: Tensor, num_queries: int
-    ) -> SelectedQueries:
-        """Select.
+    def forward(self, memory: Memory, num_queries: int) -> Prediction:
+        """The best proposals of each image, best first: one layer of Q queries, with gradient.
 
         Args:
-            memory: [B, S, embed_dim] encoder output.
-            spatial_shapes: (height, width) of each level.
-            valid_sizes: [B, L, 2] unpadded (height, width) of each level.
+            memory: encoder output.
             num_queries: how many; fewer where the levels have fewer pixels together.
         """
-        anchors, valid = self.anchors(spatial_shapes, valid_sizes)
-        features = self.norm(self.projection(memory * valid[..., None]))
+        proposals = self.propose(memory)
+        tokens = self.best(proposals.ranking, num_queries)
+        features, logits, anchors, _ = (values if values.dim() < 3 else select(values, tokens) for values in proposals)
+        boxes = (anchors + self.heads.regress(features)).sigmoid()
+        return Prediction(logits[None], boxes[None])
+
+    def propose(self, memory: Memory) -> Proposals:
+        """Features, class logits and anchors of all pixels."""
+        anchors, valid = self.anchors(memory)
+        features = self.norm(self.projection(memory.features * valid[..., None]))
         logits = self.heads.classify(features)
         ranking = logits.detach().amax(dim=-1)
         if self.suppress_invalid:
             ranking = ranking.masked_fill(~valid, -torch.inf)
-        tokens = ranking.topk(min(num_queries, ranking.shape[1]), dim=1).indices
+        return Proposals(features, logits, anchors, ranking)
 
-        def select(values: Tensor) -> Tensor:
-            return values.gather(1, tokens[..., None].expand(-1, -1, values.shape[-1]))
+    def best(self, ranking: Tensor, num_queries: int) -> Tensor:
+        """[B, Q] int64 indices of the best pixels of a ranking [B, S], best first."""
+        return ranking.topk(min(num_queries, ranking.shape[1]), dim=1).indices
 
-        features = select(features)
-        boxes = (select(anchors) + self.heads.regress(features)).sigmoid()
-        return SelectedQueries(Prediction(select(logits), boxes), features, tokens)
-
-    def anchors(self, spatial_shapes: Sequence[tuple[int, int]], valid_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    def anchors(self, memory: Memory) -> tuple[Tensor, Tensor]:
         """Logits [B, S, 4] of the boxes that pixels start from, and [B, S] whether a pixel may propose.
 
         A pixel proposes where it is not padding and its centre is not within a hundredth of the border.
         """
-        centres = pixel_centres(spatial_shapes, valid_sizes)
+        centres = memory.centres
         sizes = torch.cat(
             [
                 torch.full((height * width,), self.proposal_size * 2.0**level, device=centres.device)
-                for level, (height, width) in enumerate(spatial_shapes)
+                for level, (height, width) in enumerate(memory.spatial_shapes)
             ]
         )
         boxes = torch.cat([centres, sizes[:, None].expand(centres.shape)], dim=-1)
@@ -80,3 +82,8 @@ class QuerySelection(nn.Module):
         # downstream can turn into NaN should they ever be selected for want of others.
         boxes = torch.where(valid[..., None], boxes, boxes.new_tensor(1 - 1e-6))
         return torch.logit(boxes), valid
+
+
+def select(values: Tensor, tokens: Tensor) -> Tensor:
+    """[B, Q, ...]: of values [B, S, channels] those of the pixels [B, Q]."""
+    return values.gather(1, tokens[..., None].expand(-1, -1, values.shape[-1]))

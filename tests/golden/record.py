@@ -25,6 +25,7 @@ from datasets.shapes import ShapesConfig, generate
 from engine.averaging import AveragedWeights
 from engine.optimizer import set_learning_rate
 from engine.step import OptimizerStep, configure_device, seed_step
+from structures import BatchSize
 
 GOLDEN = Path(__file__).resolve().parent
 ROOT = GOLDEN.parents[1]
@@ -72,7 +73,8 @@ def curve(name: str, data: Path) -> dict[str, Any]:
         batches = next(loader.iterate(epoch, position))
         set_learning_rate(optimizer, cfg.schedule.factor(index, loader.steps_per_epoch))
         seed_step(cfg.seed, 0, index)
-        norm, losses = step.backward(batches, max(1, sum(sum(batch.targets.counts) for batch in batches)))
+        targets = sum(sum(batch.targets.counts) for batch in batches)
+        norm, losses = step.backward(batches, BatchSize(max(1, targets), cfg.data.batch_size))
         step.update()
         if average is not None:
             average.update(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structures import Denoising, DetectorOutputs, Matches, Prediction, Targets
+from structures import DetectorOutputs, Matches, Prediction, QueryGroup, Targets
 
 
 def random_boxes(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -46,20 +46,21 @@ def make_outputs(
     targets = make_targets(generator, counts, num_classes)
     images = len(counts)
     decoder = make_prediction(generator, num_layers, images, num_queries, num_classes=num_classes, dtype=dtype)
-    encoder = None
+    groups = {}
     if encoder_queries != 0:
-        encoder = make_prediction(
-            generator, images, encoder_queries or num_queries, num_classes=num_classes, dtype=dtype
+        queries = encoder_queries or num_queries
+        groups["encoder"] = QueryGroup(
+            make_prediction(generator, 1, images, queries, num_classes=num_classes, dtype=dtype)
         )
-    noised = None
+    groups["decoder"] = QueryGroup(decoder)
     if denoising:
-        noised = _make_denoising(generator, targets, num_layers, num_classes, dtype)
-    return DetectorOutputs(decoder, encoder, noised), targets
+        groups["denoising"] = _make_denoising(generator, targets, num_layers, num_classes, dtype)
+    return DetectorOutputs(groups), targets
 
 
 def _make_denoising(
     generator: torch.Generator, targets: Targets, num_layers: int, num_classes: int, dtype: torch.dtype
-) -> Denoising:
+) -> QueryGroup:
     groups = [1 + b % 2 for b in range(len(targets.counts))]
     real = [2 * g * count for g, count in zip(groups, targets.counts, strict=True)]
     width = max(real, default=0)
@@ -74,4 +75,4 @@ def _make_denoising(
     valid = torch.arange(width) < torch.tensor(real)[:, None]
     shape = (num_layers, len(targets.counts), width)
     prediction = make_prediction(generator, *shape, num_classes=num_classes, dtype=dtype)
-    return Denoising(prediction, Matches(*columns), torch.tensor(groups, dtype=torch.float32), valid)
+    return QueryGroup(prediction, Matches(*columns), 1 / torch.tensor(groups, dtype=torch.float32), valid)

@@ -157,9 +157,11 @@ def criterion(
     pairs: dict[tuple[str, int], Pairs] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Total and terms; ``candidates`` lists the encoder output first. ``pairs`` by layer name and image, if given."""
-    layers: dict[str, Prediction] = {} if outputs.encoder is None else {"encoder": outputs.encoder}
-    for i, (logits, boxes) in enumerate(zip(*outputs.decoder, strict=True)):
-        layers[f"decoder.{i}"] = Prediction(logits, boxes)
+    layers: dict[str, Prediction] = {}
+    for group, (prediction, matches, *_) in outputs.groups.items():
+        for i, (logits, boxes) in enumerate(zip(*prediction, strict=True)):
+            if matches is None:
+                layers["encoder" if group == "encoder" else f"{group}.{i}"] = Prediction(logits, boxes)
     normaliser = max(1.0, len(targets.labels) if num_targets is None else num_targets)
     terms: dict[str, Tensor] = {}
     for (name, layer), k in zip(layers.items(), candidates, strict=True):
@@ -171,19 +173,21 @@ def criterion(
             images.append(layer_losses(loss, logits, boxes, labels, target_boxes, found, tau))
         for term, values in zip(("class", "bbox", "giou"), zip(*images, strict=True), strict=True):
             terms[f"{name}/{term}"] = torch.stack(values).sum() / normaliser
-    if outputs.denoising is not None:
+    if "denoising" in outputs.groups:
         terms |= _denoising(outputs, targets, loss, normaliser)
     factor = {"class": 1.0, "bbox": 5.0, "giou": 2.0}
     return torch.stack([factor[name.split("/")[1]] * term for name, term in terms.items()]).sum(), terms
 
 
 def _denoising(outputs: DetectorOutputs, targets: Targets, loss: str, normaliser: float) -> dict[str, Tensor]:
-    denoising = outputs.denoising
-    assert denoising is not None
+    denoising = outputs.groups["denoising"]
+    assert denoising.matches is not None
+    assert denoising.valid is not None
+    assert denoising.image_scale is not None
     rows = list(zip(*(index.tolist() for index in denoising.matches), strict=True))
     offsets = [sum(targets.counts[:b]) for b in range(len(targets.counts))]
     terms: dict[str, Tensor] = {}
-    for i, (logits, boxes) in enumerate(zip(*denoising.decoder, strict=True)):
+    for i, (logits, boxes) in enumerate(zip(*denoising.prediction, strict=True)):
         images = []
         for b, (labels, target_boxes) in enumerate(targets.split()):
             real = int(denoising.valid[b].sum())  # padding is at the end
@@ -191,7 +195,7 @@ def _denoising(outputs: DetectorOutputs, targets: Targets, loss: str, normaliser
             losses = layer_losses(
                 loss, logits[b, :real], boxes[b, :real], labels, target_boxes.to(boxes.dtype), pairs, None
             )
-            images.append(Layer(*(value / denoising.num_groups[b] for value in losses)))
+            images.append(Layer(*(value * denoising.image_scale[b] for value in losses)))
         for term, values in zip(("class", "bbox", "giou"), zip(*images, strict=True), strict=True):
             terms[f"denoising.{i}/{term}"] = torch.stack(values).sum() / normaliser
     return terms

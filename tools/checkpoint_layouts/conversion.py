@@ -197,10 +197,12 @@ def infer_model(tensors: Mapping[str, Tensor], conventions: Conventions, shared_
         "ffn_dim": tensors["encoder.layers.0.feed_forward.expand.weight"].shape[0],
         "num_queries": tensors["query_content.weight"].shape[0],
         "position_encoding": {"temperature": conventions.temperature, "offset": conventions.offset},
-        "padded_query_positions": True,
-        "suppress_invalid_proposals": False,
+        "published": {
+            "padded_query_positions": True,
+            "suppress_invalid_proposals": False,
+            "prediction_eps": conventions.prediction_eps,
+        },
         "shared_heads": shared_heads,
-        "prediction_eps": conventions.prediction_eps,
         "denoising": denoising,
         "detections_per_image": conventions.top_k,
     }
