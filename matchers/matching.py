@@ -45,8 +45,8 @@ class LayerwiseMatcher(ABC):
         Args:
             cost: [L, B, max G, Q], finite; rows from an image's own number of targets on are meaningless.
             counts: B numbers of targets.
-            candidates: L numbers of queries k that a target may take. An image with G targets uses max(1, min(k, Q // G)) of
-                them, whatever the other images hold.
+            candidates: L numbers of queries k that a target may take. An image with G targets uses
+                max(1, min(k, Q // G)) of them, whatever the other images hold.
 
         Returns:
             [4, M] layer, image, query and target (numbered within its image), sorted in this order; a query at most

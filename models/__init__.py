@@ -1,4 +1,4 @@
-"""Index of detectors: a new one is a file here and its config's name in ``AnyDetector``; parts they share in ``parts``."""
+"""Index of detectors: a new one is a file here and its config's name in ``AnyDetector``."""
 
 from models.detector import Detector, DetectorConfig
 from models.dino import DINO, DINOConfig
