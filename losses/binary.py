@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ class ClassificationLoss:
     target that follows from them, always detached. Everything is computed from logits in float32 (float64 for float64
     logits), whatever the autocast state, and is finite with a finite gradient at any finite logit.
     """
+
+    no_object: ClassVar[bool] = False
+    """Whether the loss is a softmax whose last logit stands for "no object"; such a loss has a call of its own."""
 
     def negatives(self) -> Negatives:
         """Loss of the entries that are not matched."""

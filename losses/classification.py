@@ -4,6 +4,7 @@ All are called alike: see ``binary.ClassificationLoss``.
 """
 
 from losses.align import Align
+from losses.cross_entropy import CrossEntropy
 from losses.focal import Focal
 from losses.ia_bce import IABCE
 from losses.matchability_aware import MatchabilityAware
@@ -11,5 +12,7 @@ from losses.position_supervised import PositionSupervised
 from losses.quality_focal import QualityFocal
 from losses.varifocal import Varifocal
 
-Classification = Focal | IABCE | Align | QualityFocal | Varifocal | PositionSupervised | MatchabilityAware
+Classification = (
+    Focal | IABCE | Align | QualityFocal | Varifocal | PositionSupervised | MatchabilityAware | CrossEntropy
+)
 """Picked by ``name`` in a configuration."""

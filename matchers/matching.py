@@ -14,6 +14,9 @@ from matchers.assignment import assign
 from matchers.cost import Cost, pairwise_cost
 from structures import Matches, Prediction, QueryGroup, Targets
 
+_UNWANTED = 1e6
+"""Cost of matching a query that is not valid, far above every real one."""
+
 
 class NonFinitePredictionError(ValueError):
     """A model predicted NaN or infinity: training has diverged, or half precision has overflowed."""
@@ -88,11 +91,7 @@ def match_groups(
         NonFinitePredictionError: a prediction of any group is NaN or infinite; names group, layer and image.
     """
     wanted = {name: group for name, group in groups.items() if group.matches is None}
-    anything = targets._replace(labels=torch.zeros_like(targets.labels))
-    costs = [
-        pairwise_cost(matchers[name].cost, group.prediction, anything if group.class_agnostic else targets)
-        for name, group in wanted.items()
-    ]
+    costs = [_cost(matchers[name].cost, group, targets) for name, group in wanted.items()]
     checksums, costs_on_host = _to_host([_checksum(group.prediction) for group in groups.values()], costs)
     for name, checksum in zip(groups, checksums, strict=True):
         _require_finite(name, checksum)
@@ -121,6 +120,14 @@ def match(matcher: LayerwiseMatcher, prediction: Prediction, targets: Targets) -
     """
     candidates = matcher.candidates_by_layer({"decoder": prediction.logits.shape[0]})
     return match_groups({"decoder": QueryGroup(prediction)}, {"decoder": matcher}, candidates, targets)["decoder"]
+
+
+def _cost(cost: Cost, group: QueryGroup, targets: Targets) -> Tensor:
+    """[L, B, max G, Q]; queries that are not valid are matched last of all."""
+    if group.class_agnostic:
+        targets = targets._replace(labels=torch.zeros_like(targets.labels))
+    costs = pairwise_cost(cost, group.prediction, targets)
+    return costs if group.valid is None else costs.masked_fill_(~group.valid[:, None], _UNWANTED)
 
 
 def _checksum(prediction: Prediction) -> Tensor:

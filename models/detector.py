@@ -85,6 +85,7 @@ class Detector(nn.Module, ABC):
 
     config: Any
     backbone: Any
+    decoder: Any
     class_parts: ClassVar[tuple[str, ...]] = ("class_head", "label_embedding")
     """Modules with one row per class, wherever they are in the model."""
 
@@ -106,9 +107,10 @@ class Detector(nn.Module, ABC):
         """
 
     @property
-    @abstractmethod
     def last_cross_attention(self) -> nn.Module:
-        """That of the last decoder layer; its ``looking`` takes what its call takes, and says where it looks."""
+        """That of the last decoder layer; its ``looking`` takes what its call takes, and says where queries look."""
+        attention: nn.Module = self.decoder.layers[-1].cross_attention
+        return attention
 
     @property
     def pretrained_part(self) -> str | None:

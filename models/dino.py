@@ -11,7 +11,6 @@ from models.parts.box_decoder import BoxDecoder
 from models.parts.denoising import DenoisingConfig, DenoisingGenerator, attention_mask
 from models.parts.heads import PredictionHeads
 from models.parts.multi_scale import MultiScaleConfig, MultiScaleDetector
-from models.parts.query_selection import QuerySelection
 from structures import DetectorOutputs, Images, QueryGroup, Targets
 
 
@@ -50,9 +49,7 @@ class DINO(MultiScaleDetector):
     def __init__(self, config: DINOConfig, num_classes: int, load_backbone: bool = True) -> None:
         super().__init__(config, num_classes, load_backbone)
         dim = config.embed_dim
-        self.query_selection = QuerySelection(
-            dim, PredictionHeads(dim, num_classes), config.proposal_size, config.published.suppress_invalid_proposals
-        )
+        self.query_selection = self.make_query_selection(num_classes)
         self.query_content = nn.Embedding(config.num_queries, dim)
         layers = [self.decoder_layer() for _ in range(config.decoder_layers)]
         self.decoder = BoxDecoder(layers, dim, config.look_forward_twice, config.published)
@@ -79,8 +76,3 @@ class DINO(MultiScaleDetector):
             return DetectorOutputs({**groups, "decoder": QueryGroup(prediction)})
         denoising, prediction = noised.split(prediction)
         return DetectorOutputs({**groups, "decoder": QueryGroup(prediction), "denoising": denoising})
-
-    @property
-    def last_cross_attention(self) -> nn.Module:
-        """The deformable attention of the last decoder layer."""
-        return self.decoder.layers[-1].cross_attention  # type: ignore[return-value]

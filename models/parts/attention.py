@@ -1,8 +1,9 @@
-"""The attention blocks of encoder and decoder."""
+"""The attention blocks of encoder and decoder: deformable, dense, and dense by content and by place apart."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,13 +88,8 @@ class SelfAttention(nn.Module):
         self.query_key_projection = nn.Linear(embed_dim, 2 * embed_dim)
         self.value_projection = nn.Linear(embed_dim, embed_dim)
         self.output_projection = nn.Linear(embed_dim, embed_dim)
-        # The published models draw query, key and value projections as one matrix; the bound follows from its shape.
-        bound = math.sqrt(6 / (4 * embed_dim))
-        nn.init.uniform_(self.query_key_projection.weight, -bound, bound)
-        nn.init.uniform_(self.value_projection.weight, -bound, bound)
-        nn.init.xavier_uniform_(self.output_projection.weight)
-        for projection in (self.query_key_projection, self.value_projection, self.output_projection):
-            nn.init.zeros_(projection.bias)
+        draw_as_one(self.query_key_projection, self.value_projection)
+        draw_alone(self.output_projection)
 
     def forward(self, content: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
         """Attend.
@@ -106,11 +102,150 @@ class SelfAttention(nn.Module):
         Returns:
             [B, Q, embed_dim].
         """
-        heads = (self.num_heads, -1)
         queries, keys = self.query_key_projection(content + position).chunk(2, dim=-1)
-        queries = queries.unflatten(-1, heads).transpose(1, 2)
-        keys = keys.unflatten(-1, heads).transpose(1, 2)
-        values = self.value_projection(content).unflatten(-1, heads).transpose(1, 2)
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
-        return self.output_projection(attended.transpose(1, 2).flatten(-2))
+        return self.output_projection(_attend(self, queries, keys, self.value_projection(content), mask))
+
+
+class MemoryAttention(nn.Module):
+    """Dense attention of queries (or of the pixels themselves) to all pixels of the memory but its padding."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.query_projection = nn.Linear(embed_dim, embed_dim)
+        self.key_projection = nn.Linear(embed_dim, embed_dim)
+        self.value_projection = nn.Linear(embed_dim, embed_dim)
+        self.output_projection = nn.Linear(embed_dim, embed_dim)
+        draw_as_one(self.query_projection, self.key_projection, self.value_projection)
+        draw_alone(self.output_projection)
+
+    def forward(self, query: Tensor, reference: Tensor | None, memory: Memory) -> Tensor:
+        """Attend from every query [B, Q, embed_dim], position encoding included; no reference is needed."""
+        queries, keys = self._project(query, memory)
+        values = self.value_projection(memory.features)
+        return self.output_projection(_attend(self, queries, keys, values, _pixels_inside(memory)))
+
+    def looking(self, query: Tensor, reference: Tensor | None, memory: Memory) -> Looking:
+        """Where the call with the same arguments looks: at the centres of all pixels."""
+        return _look(self, *self._project(query, memory), memory, reference)
+
+    def _project(self, query: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Queries and keys."""
+        return self.query_projection(query), self.key_projection(memory.features + memory.positions)
+
+
+class ConditionalSelfAttention(nn.Module):
+    """Attention of the queries among themselves; content and position are projected apart (arXiv 2108.06152)."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.content_projection = nn.Linear(embed_dim, 2 * embed_dim)
+        self.position_projection = nn.Linear(embed_dim, 2 * embed_dim)
+        self.value_projection = nn.Linear(embed_dim, embed_dim)
+        self.output_projection = nn.Linear(embed_dim, embed_dim)
+        for projection in (self.content_projection, self.position_projection):
+            draw_apart(projection)
+        draw_alone(self.value_projection, self.output_projection)
+
+    def forward(self, content: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend; arguments as in :class:`SelfAttention`."""
+        queries, keys = (self.content_projection(content) + self.position_projection(position)).chunk(2, dim=-1)
+        return self.output_projection(_attend(self, queries, keys, self.value_projection(content), mask))
+
+
+class ConditionalAttention(nn.Module):
+    """Dense attention in which content meets content and place meets place (Conditional DETR, arXiv 2108.06152).
+
+    Each head's query and key are two halves, of which the second is about the place alone. In the first layer, whose
+    queries have no content yet, positions are added to the first halves too.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float, is_first: bool) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.content_projection = nn.Linear(embed_dim, embed_dim)
+        self.position_projection = nn.Linear(embed_dim, embed_dim) if is_first else None
+        self.place_projection = nn.Linear(embed_dim, embed_dim)
+        self.key_content_projection = nn.Linear(embed_dim, embed_dim)
+        self.key_place_projection = nn.Linear(embed_dim, embed_dim)
+        self.value_projection = nn.Linear(embed_dim, embed_dim)
+        self.output_projection = nn.Linear(embed_dim, embed_dim)
+        draw_alone(*(child for child in self.children() if isinstance(child, nn.Linear)))
+
+    def forward(self, content: Tensor, position: Tensor, place: Tensor, memory: Memory) -> Tensor:
+        """Attend.
+
+        Args:
+            content: [B, Q, embed_dim] of the queries.
+            position: [B, Q, embed_dim] encoding of their positions, which only the first layer uses.
+            place: [B, Q, embed_dim] sine features of where to look.
+            memory: what is attended to.
+
+        Returns:
+            [B, Q, embed_dim].
+        """
+        queries, keys = self._project(content, position, place, memory)
+        values = self.value_projection(memory.features)
+        return self.output_projection(_attend(self, queries, keys, values, _pixels_inside(memory)))
+
+    def looking(self, content: Tensor, position: Tensor, place: Tensor, memory: Memory) -> Looking:
+        """Where the call with the same arguments looks: at the centres of all pixels."""
+        return _look(self, *self._project(content, position, place, memory), memory, None)
+
+    def _project(self, content: Tensor, position: Tensor, place: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Queries [B, Q, 2·embed_dim] and keys [B, S, 2·embed_dim], the halves side by side in each head."""
+        queries, keys = self.content_projection(content), self.key_content_projection(memory.features)
+        key_place = self.key_place_projection(memory.positions)
+        if self.position_projection is not None:
+            queries, keys = queries + self.position_projection(position), keys + key_place
+        return self._side_by_side(queries, self.place_projection(place)), self._side_by_side(keys, key_place)
+
+    def _side_by_side(self, first: Tensor, second: Tensor) -> Tensor:
+        heads = (self.num_heads, -1)
+        return torch.cat([first.unflatten(-1, heads), second.unflatten(-1, heads)], dim=-1).flatten(-2)
+
+
+def _attend(module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, Q, values' width]: scaled dot-product attention in heads; ``mask`` is True where a row may look."""
+    q, k, v = (part.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for part in (queries, keys, values))
+    dropout = module.dropout if module.training else 0.0
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(-2)
+
+
+def _pixels_inside(memory: Memory) -> Tensor:
+    """[B, 1, 1, S] bool, False where a pixel is padding."""
+    return memory.inside[:, None, None]
+
+
+def _look(module: Any, queries: Tensor, keys: Tensor, memory: Memory, reference: Tensor | None) -> Looking:
+    queries, keys = (part.float().unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for part in (queries, keys))
+    logits = queries @ keys.mT * queries.shape[-1] ** -0.5
+    weights = logits.masked_fill(~_pixels_inside(memory), -math.inf).softmax(-1).transpose(1, 2)[..., None, :]
+    locations = memory.centres[:, None, None, None].expand(*weights.shape, 2)
+    return Looking(locations, weights, None if reference is None else reference.float())
+
+
+def draw_as_one(*projections: nn.Linear) -> None:
+    """Initialise projections as parts of one Xavier matrix of queries, keys and values, as published; biases 0.
+
+    The bound follows from the shape of the whole matrix, [3·embed_dim, embed_dim].
+    """
+    bound = math.sqrt(6 / (4 * projections[0].in_features))
+    for projection in projections:
+        nn.init.uniform_(projection.weight, -bound, bound)
+        nn.init.zeros_(projection.bias)
+
+
+def draw_alone(*projections: nn.Linear) -> None:
+    """Initialise projections by Xavier, each by itself; biases 0."""
+    for projection in projections:
+        nn.init.xavier_uniform_(projection.weight)
+        nn.init.zeros_(projection.bias)
+
+
+def draw_apart(projection: nn.Linear) -> None:
+    """Initialise the two square halves of a projection by Xavier, each by itself; biases 0."""
+    for half in projection.weight.data.chunk(2):
+        nn.init.xavier_uniform_(half)
+    nn.init.zeros_(projection.bias)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from models.parts.heads import PredictionHeads, refine_boxes
-from models.parts.layers import MLP, DecoderLayer, run_layer
+from models.parts.layers import MLP, Decoder, DecoderLayer
 from models.parts.memory import Memory
 from models.parts.multi_scale import PublishedDetails
 from models.parts.position_encoding import encode_boxes
 from structures import Prediction
 
 
-class BoxDecoder(nn.Module):
+class BoxDecoder(Decoder):
     """A stack of decoder layers with iterative box refinement, looking forward twice (DINO, arXiv 2203.03605)."""
 
     def __init__(
@@ -25,16 +25,13 @@ class BoxDecoder(nn.Module):
         look_forward_twice: bool = True,
         published: PublishedDetails | None = None,
     ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(embed_dim)
+        super().__init__(layers, nn.LayerNorm(embed_dim))
         self.position_head = MLP(2 * embed_dim, embed_dim, embed_dim, 2)
         for layer in self.position_head.layers:
             assert isinstance(layer, nn.Linear)
             nn.init.xavier_uniform_(layer.weight)
         self.look_forward_twice = look_forward_twice
         self.published = published or PublishedDetails()
-        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -58,10 +55,8 @@ class BoxDecoder(nn.Module):
         """
         logits, predicted = [], []
         previous = boxes  # with the gradient of the layer before, for look-forward-twice
-        for layer, head in zip(self.layers, heads, strict=True):
-            seen = on_padded_image(boxes, memory) if self.published.padded_query_positions else boxes
-            position = self.position_head(encode_boxes(seen, content.shape[-1] // 2)).to(content.dtype)
-            content = run_layer(layer, self.gradient_checkpointing, content, position, boxes, memory, mask)
+        for index, head in enumerate(heads):
+            content = self.look(index, content, boxes, memory, mask)
             normalised = self.norm(content)
             logits.append(head.classify(normalised))
             predicted.append(refine_boxes(previous, head.regress(normalised), self.published.prediction_eps))
@@ -71,6 +66,12 @@ class BoxDecoder(nn.Module):
             boxes = refined.detach()
             previous = refined if self.look_forward_twice else boxes
         return Prediction(torch.stack(logits), torch.stack(predicted))
+
+    def look(self, index: int, content: Tensor, boxes: Tensor, memory: Memory, mask: Tensor | None) -> Tensor:
+        """Content [B, Q, embed_dim] of the queries after layer ``index``."""
+        seen = on_padded_image(boxes, memory) if self.published.padded_query_positions else boxes
+        position = self.position_head(encode_boxes(seen, content.shape[-1] // 2)).to(content.dtype)
+        return self.run(index, content, position, boxes, memory, mask)
 
 
 def on_padded_image(boxes: Tensor, memory: Memory) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ class DenoisingConfig:
             raise ValueError("denoising needs queries and max_targets of at least 1; null switches it off")
         if not 0 <= self.label_noise <= 1 or self.box_noise < 0:
             raise ValueError("label_noise must lie in [0, 1] and box_noise must not be negative")
+
+    @property
+    def redrawn_labels(self) -> float:
+        """Probability that a query's label is drawn anew."""
+        return self.label_noise / 2
 
 
 class DenoisingQueries(NamedTuple):
@@ -87,6 +92,10 @@ class DenoisingGenerator(nn.Module):
     image in the batch both are the same. The noise of an image is drawn from that image's own seed.
     """
 
+    config: Any
+    signs: ClassVar[tuple[bool, ...]] = (True, False)
+    """In each group, positives of all targets, then negatives."""
+
     def __init__(self, config: DenoisingConfig, num_classes: int, embed_dim: int) -> None:
         super().__init__()
         self.config = config
@@ -117,28 +126,36 @@ class DenoisingGenerator(nn.Module):
         repeated = (part.repeat(num_layers) for part in (image, query, layout.target[layout.positive]))
         matches = map_tensors(Matches(layer, *repeated), lambda tensor: tensor.to(device, non_blocking=True))
         target, groups, positive, noise = map_tensors(layout, lambda tensor: tensor.to(device, non_blocking=True))
-        content = self.label_embedding(self._noised_labels(targets.labels[target], noise[..., 8], noise[..., 9]))
+        content = self.embed(self._noised_labels(targets.labels[target], noise[..., 8], noise[..., 9]))
         boxes = self._noised_boxes(targets.boxes[target], positive, noise)
         return DenoisingQueries(content, boxes, groups, matches, num_groups.to(device, non_blocking=True))
 
+    def embed(self, labels: Tensor) -> Tensor:
+        """Content [..., embed_dim] of labels [...]."""
+        return self.label_embedding(labels)
+
+    def groups_of(self, count: int) -> int:
+        """Number of groups for this many targets, at least one."""
+        return max(1, self.config.queries // count)
+
     def _layout(self, count: int, first: int, seed: int) -> _Layout:
-        """Groups of ``count`` positives followed by ``count`` negatives, of the targets from ``first`` on."""
+        """Groups of each of ``signs`` for ``count`` targets, of those from ``first`` on."""
         generator = torch.Generator().manual_seed(seed % 2**63)
-        kept = min(count, self.config.max_targets)
+        kept, signs = min(count, self.config.max_targets), torch.tensor(self.signs)
         chosen = torch.arange(count)
         if kept < count:
             chosen = torch.randperm(count, generator=generator)[:kept].sort().values
-        num_groups = max(1, self.config.queries // kept) if kept else 0
+        num_groups = self.groups_of(kept) if kept else 0
         return _Layout(
-            target=first + chosen.repeat(2 * num_groups),
-            group=torch.arange(num_groups).repeat_interleave(2 * kept),
-            positive=torch.tensor([True, False]).repeat_interleave(kept).repeat(num_groups),
-            noise=torch.rand(2 * kept * num_groups, 10, generator=generator),
+            target=first + chosen.repeat(len(signs) * num_groups),
+            group=torch.arange(num_groups).repeat_interleave(len(signs) * kept),
+            positive=signs.repeat_interleave(kept).repeat(num_groups),
+            noise=torch.rand(len(signs) * kept * num_groups, 10, generator=generator),
         )
 
     def _noised_labels(self, labels: Tensor, decision: Tensor, draw: Tensor) -> Tensor:
         random = (draw * self.num_classes).long().clamp(max=self.num_classes - 1)
-        return torch.where(decision < self.config.label_noise / 2, random, labels)
+        return torch.where(decision < self.config.redrawn_labels, random, labels)
 
     def _noised_boxes(self, boxes: Tensor, positive: Tensor, noise: Tensor) -> Tensor:
         """Shift both corners; negatives by more than positives."""

@@ -11,29 +11,43 @@ from torch import Tensor, nn
 from models.parts.layers import MLP
 
 
-class PredictionHeads(nn.Module):
-    """A linear class head and a three-layer box head."""
+class PlainHeads(nn.Module):
+    """A linear class head and a three-layer box head, initialised as PyTorch does (DETR, arXiv 2005.12872)."""
 
-    def __init__(self, embed_dim: int, num_classes: int, prior: float = 0.01) -> None:
+    def __init__(self, embed_dim: int, num_logits: int) -> None:
         super().__init__()
-        self.class_head = nn.Linear(embed_dim, num_classes)
+        self.class_head = nn.Linear(embed_dim, num_logits)
         self.box_head = MLP(embed_dim, embed_dim, 4, 3)
-        # Every class starts at probability `prior`, or the many negatives drown the first steps (arXiv 1708.02002).
-        nn.init.constant_(self.class_head.bias, -math.log((1 - prior) / prior))
-        # Boxes start as their references.
-        last = self.box_head.layers[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
 
     def classify(self, features: Tensor) -> Tensor:
-        """[..., embed_dim] → logits [..., C] float32."""
+        """[..., embed_dim] → logits [..., num_logits] float32."""
         return self.class_head(features).float()
 
     def regress(self, features: Tensor) -> Tensor:
         """[..., embed_dim] → changes [..., 4] of the boxes' logits, float32: 16 bits would quantise the boxes."""
         with torch.autocast(features.device.type, enabled=False):
             return self.box_head(features.float())
+
+
+class PredictionHeads(PlainHeads):
+    """Heads for sigmoid scores and refined boxes: every class starts as improbable, every box as its reference."""
+
+    def __init__(self, embed_dim: int, num_classes: int, prior: float = 0.01, log_size: float = 0.0) -> None:
+        """
+        Args:
+            embed_dim: width of the features.
+            num_classes: classes to tell apart.
+            prior: probability that every class starts at, or the many negatives drown the first steps (arXiv
+                1708.02002).
+            log_size: logit of the width and height that boxes without a size, points, start with.
+        """
+        super().__init__(embed_dim, num_classes)
+        nn.init.constant_(self.class_head.bias, -math.log((1 - prior) / prior))
+        last = self.box_head.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        nn.init.constant_(last.bias[2:], log_size)
 
 
 def inverse_sigmoid(values: Tensor, eps: float) -> Tensor:

@@ -121,6 +121,32 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(self.cross_norm(content + self.dropout(attended)))
 
 
+class ConditionalDecoderLayer(DecoderLayer):
+    """A decoder layer whose cross-attention is given content and place apart (Conditional DETR, arXiv 2108.06152)."""
+
+    def forward(
+        self, content: Tensor, position: Tensor, place: Tensor | None, memory: Memory, mask: Tensor | None = None
+    ) -> Tensor:
+        """Arguments as in :class:`DecoderLayer`, but ``place`` [B, Q, embed_dim]: sine features of where to look."""
+        content = self.self_norm(content + self.dropout(self.self_attention(content, position, mask)))
+        attended = self.cross_attention(content, position, place, memory)
+        return self.feed_forward(self.cross_norm(content + self.dropout(attended)))
+
+
+class Decoder(nn.Module):
+    """Decoder layers, and the normalisation of what is predicted from; detectors go through the layers themselves."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], norm: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        self.gradient_checkpointing = False
+
+    def run(self, index: int, *arguments: Any) -> Tensor:
+        """Content [B, Q, embed_dim] after layer ``index``, whose call takes the arguments."""
+        return run_layer(self.layers[index], self.gradient_checkpointing, *arguments)
+
+
 def run_layer(layer: Callable[..., Tensor], recompute: bool, *arguments: Any) -> Tensor:
     """Call a layer; where ``recompute`` and gradients are wanted, its activations are made again in the backward."""
     if recompute and torch.is_grad_enabled():

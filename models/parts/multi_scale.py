@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from models.detector import Detector, DetectorConfig
 from models.parts.attention import DeformableAttention, SelfAttention
+from models.parts.heads import PredictionHeads
 from models.parts.layers import DecoderLayer, Encoder, EncoderLayer, FeedForward
 from models.parts.memory import Memory, level_valid_sizes, pixel_centres
 from models.parts.neck import Neck
+from models.parts.query_selection import QuerySelection
 from structures import Images
 
 
@@ -91,6 +93,14 @@ class MultiScaleDetector(Detector):
         dim, dropout = self.config.embed_dim, self.config.dropout
         attention = SelfAttention(dim, self.config.num_heads, dropout)
         return DecoderLayer(attention, self._deformable(), self._feed_forward(), dim, dropout)
+
+    def make_query_selection(self, num_logits: int) -> QuerySelection:
+        """The choice of queries among the encoder's proposals, by this many class logits."""
+        config = self.config
+        heads = PredictionHeads(config.embed_dim, num_logits)
+        return QuerySelection(
+            config.embed_dim, heads, config.proposal_size, config.published.suppress_invalid_proposals
+        )
 
     def _encoder_layer(self) -> EncoderLayer:
         return EncoderLayer(self._deformable(), self._feed_forward(), self.config.embed_dim, self.config.dropout)

@@ -72,10 +72,10 @@ def encode_boxes(boxes: Tensor, channels: int) -> Tensor:
     """Sine features of boxes, in the order y, x, w, h (DAB-DETR, arXiv 2201.12329, equation 7).
 
     Args:
-        boxes: [..., 4] cxcywh.
+        boxes: [..., 4] cxcywh, or [..., 2] points.
         channels: features per coordinate.
 
     Returns:
-        [..., 4 · channels] float32.
+        [..., 4 · channels] float32, or [..., 2 · channels].
     """
-    return sine_features(boxes[..., [1, 0, 2, 3]], channels).flatten(-2)
+    return sine_features(boxes[..., [1, 0, 2, 3][: boxes.shape[-1]]], channels).flatten(-2)

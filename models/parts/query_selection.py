@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.parts.heads import PredictionHeads
 from models.parts.memory import Memory
+from models.parts.position_encoding import sine_features
 from structures import Prediction
 
 
@@ -23,6 +24,8 @@ class Proposals(NamedTuple):
     """[B, S, 4] logits of the cxcywh boxes that pixels start from."""
     ranking: Tensor
     """[B, S] by which they are selected, detached."""
+    valid: Tensor
+    """[B, S] bool, whether a pixel may propose."""
 
 
 class QuerySelection(nn.Module):
@@ -46,7 +49,7 @@ class QuerySelection(nn.Module):
         """
         proposals = self.propose(memory)
         tokens = self.best(proposals.ranking, num_queries)
-        features, logits, anchors, _ = (values if values.dim() < 3 else select(values, tokens) for values in proposals)
+        features, logits, anchors = (select(values, tokens) for values in proposals[:3])
         boxes = (anchors + self.heads.regress(features)).sigmoid()
         return Prediction(logits[None], boxes[None])
 
@@ -58,7 +61,7 @@ class QuerySelection(nn.Module):
         ranking = logits.detach().amax(dim=-1)
         if self.suppress_invalid:
             ranking = ranking.masked_fill(~valid, -torch.inf)
-        return Proposals(features, logits, anchors, ranking)
+        return Proposals(features, logits, anchors, ranking, valid)
 
     def best(self, ranking: Tensor, num_queries: int) -> Tensor:
         """[B, Q] int64 indices of the best pixels of a ranking [B, S], best first."""
@@ -82,6 +85,21 @@ class QuerySelection(nn.Module):
         # downstream can turn into NaN should they ever be selected for want of others.
         boxes = torch.where(valid[..., None], boxes, boxes.new_tensor(1 - 1e-6))
         return torch.logit(boxes), valid
+
+
+class PositionFromBoxes(nn.Module):
+    """Query positions and contents from proposals (arXiv 2010.04159, appendix A.4)."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(2 * embed_dim, 2 * embed_dim)
+        nn.init.xavier_uniform_(self.projection.weight)
+        self.norm = nn.LayerNorm(2 * embed_dim)
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        """[B, Q, 4] cxcywh boxes → [B, Q, 2·embed_dim]: position, then content."""
+        features = sine_features(boxes, self.projection.in_features // 4).flatten(-2)
+        return self.norm(self.projection(features))
 
 
 def select(values: Tensor, tokens: Tensor) -> Tensor:
