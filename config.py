@@ -44,7 +44,7 @@ class Config:
     """Implementation of multi-scale deformable attention."""
 
     def __post_init__(self) -> None:
-        self.criterion.check(self.model.matched_layers, self.model.given_groups)
+        self.criterion.check(self.model.matched_layers, self.model.given_groups, self.model.no_object)
 
 
 class ConfigError(ValueError):

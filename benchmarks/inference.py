@@ -17,7 +17,7 @@ import torch
 
 import config
 from benchmarks.ms_deform_attn import RESULTS, machine
-from models import BackboneConfig, DINOConfig
+from models import AnyDetector, BackboneConfig, DINOConfig
 from ops.ms_deform_attn import available_backends, set_default_backend
 from structures import Batch, Images, Targets
 
@@ -35,7 +35,8 @@ def make_call(arguments: argparse.Namespace) -> Callable[[], object]:
     """One inference, or one forward, criterion and backward."""
     if arguments.cfg is None:
         backbone = BackboneConfig(pretrained=False, norm="batch", frozen_stages=0)
-        model_config, criterion = DINOConfig(backbone=backbone), None
+        model_config: AnyDetector = DINOConfig(backbone=backbone)
+        criterion = None
     else:
         cfg = config.load(arguments.cfg, arguments.overrides)
         model_config, criterion = cfg.model, cfg.criterion

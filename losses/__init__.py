@@ -5,6 +5,7 @@ from losses.binary import ClassificationLoss
 from losses.boxes import box_losses
 from losses.classification import Classification
 from losses.criterion import Criterion, LossWeights
+from losses.cross_entropy import CrossEntropy
 from losses.focal import Focal
 from losses.ia_bce import IABCE
 from losses.matchability_aware import MatchabilityAware
@@ -19,6 +20,7 @@ __all__ = [
     "Classification",
     "ClassificationLoss",
     "Criterion",
+    "CrossEntropy",
     "Focal",
     "LossWeights",
     "MatchabilityAware",

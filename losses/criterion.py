@@ -16,7 +16,7 @@ from losses.classification import Classification
 from losses.diagnostics import instability, matching_diagnostics
 from losses.focal import Focal
 from losses.ranking import prime_sample_weights, rank_within
-from matchers import Hungarian, LayerwiseMatcher, Matcher, match_groups
+from matchers import Hungarian, LayerwiseMatcher, Matcher, SoftmaxCost, match_groups
 from ops.boxes import cxcywh_to_xyxy, paired_iou
 from structures import DetectorOutputs, LossOutput, Matches, Prediction, QueryGroup, Targets
 
@@ -103,13 +103,22 @@ class Criterion:
         if self.prime_sample_tau is not None and not self.prime_sample_tau > 0:
             raise ValueError(f"criterion.prime_sample_tau must be positive or null, not {self.prime_sample_tau}")
 
-    def check(self, found: Mapping[str, int], given: tuple[str, ...] = ()) -> None:
+    def check(self, found: Mapping[str, int], given: tuple[str, ...] = (), no_object: bool = False) -> None:
         """Raise ValueError if the criterion does not fit a detector.
 
         Args:
             found: layers of each group whose matches the matcher finds, in the order of supervision.
             given: names of the groups whose matches are known beforehand.
+            no_object: whether the detector's last logit stands for "no object", under a softmax.
         """
+        if self.classification.no_object != no_object:
+            kind = 'has a logit for "no object"' if no_object else 'has no logit for "no object"'
+            raise ValueError(f"criterion.classification: {self.classification.name} does not fit: the detector {kind}")
+        for matcher in (self.matcher, *(group.matcher for group in self.groups.values())):
+            if matcher is not None and isinstance(matcher.cost, SoftmaxCost) != no_object:
+                raise ValueError(
+                    f"criterion: the matching cost {matcher.cost.name} is not for the scores of the detector"
+                )
         for name, supervision in self.groups.items():
             if name not in (*found, *given):
                 known = ", ".join((*found, *given))

@@ -14,7 +14,7 @@ from models.parts.layers import Decoder
 from models.parts.memory import Memory
 from models.parts.multi_scale import MultiScaleConfig, MultiScaleDetector
 from models.parts.position_encoding import SinePositionEncoding
-from models.parts.query_selection import PositionFromBoxes, select
+from models.parts.query_selection import PositionFromBoxes
 from structures import DetectorOutputs, Images, Prediction, QueryGroup, Targets
 
 EPS = 1e-5
@@ -40,6 +40,8 @@ class DeformableDETRConfig(MultiScaleConfig):
     """Detections kept by the post-processing."""
     box_refinement: bool = False
     """Let every layer refine the boxes of the layer before, with heads of its own."""
+    look_forward_twice: bool = False
+    """Let the gradient of a layer's boxes reach the layer before."""
     two_stage: bool = False
     """Take the queries from the encoder's best proposals; needs ``box_refinement``."""
 
@@ -63,6 +65,8 @@ class DeformableDETR(MultiScaleDetector):
     """Queries that sample the memory around a point, or around the box of the layer before."""
 
     config: DeformableDETRConfig
+    query_position: nn.Embedding
+    query_content: nn.Embedding
 
     def __init__(self, config: DeformableDETRConfig, num_classes: int, load_backbone: bool = True) -> None:
         super().__init__(config, num_classes, load_backbone)
@@ -87,32 +91,17 @@ class DeformableDETR(MultiScaleDetector):
         """Predict all layers."""
         memory = self.encode(images)
         if not self.config.two_stage:
-            shape = (len(images.pixels), -1, -1)
-            position = self.query_position.weight.expand(shape)
-            content = self.query_content.weight.expand(shape)
+            position = self.query_position.weight.expand(len(images.pixels), -1, -1)
+            content = self.query_content.weight.expand(len(images.pixels), -1, -1)
             points = self.point_head(position).float().sigmoid()
             return DetectorOutputs({"decoder": QueryGroup(self.decode(content, position, points, memory))})
-        proposals, boxes = self.propose(memory, self.config.num_queries)
+        proposals, boxes = self.query_selection.supervise_all(memory, self.config.num_queries)
         position, content = self.query_from_box(boxes).to(memory.features.dtype).chunk(2, dim=-1)
         decoder = QueryGroup(self.decode(content, position, boxes, memory))
         return DetectorOutputs({"encoder": proposals, "decoder": decoder})
 
-    def propose(self, memory: Memory, num_queries: int) -> tuple[QueryGroup, Tensor]:
-        """The proposals of all pixels, and the boxes [B, Q, 4] of the best of them, without gradient."""
-        features, logits, anchors, ranking, valid = self.query_selection.propose(memory)
-        boxes = (anchors + self.query_selection.heads.regress(features)).sigmoid()
-        supervised = valid if self.query_selection.suppress_invalid else None
-        group = QueryGroup(Prediction(logits[None], boxes[None]), valid=supervised, class_agnostic=True)
-        return group, select(boxes, self.query_selection.best(ranking, num_queries)).detach()
-
     def decode(
-        self,
-        content: Tensor,
-        position: Tensor,
-        reference: Tensor,
-        memory: Memory,
-        mask: Tensor | None = None,
-        look_forward_twice: bool = False,
+        self, content: Tensor, position: Tensor, reference: Tensor, memory: Memory, mask: Tensor | None = None
     ) -> Prediction:
         """Predict from every layer, around points [B, Q, 2] or boxes [B, Q, 4]."""
         logits, boxes = [], []
@@ -126,5 +115,5 @@ class DeformableDETR(MultiScaleDetector):
             if self.config.box_refinement:
                 refined = refine_boxes(reference, changes, EPS)
                 reference = refined.detach()
-                previous = refined if look_forward_twice else reference
+                previous = refined if self.config.look_forward_twice else reference
         return Prediction(torch.stack(logits), torch.stack(boxes))

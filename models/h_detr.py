@@ -28,6 +28,8 @@ class HDETRConfig(DeformableDETRConfig):
     """Queries of the second set, in training only."""
     box_refinement: bool = True
     """Let every layer refine the boxes of the layer before, with heads of its own."""
+    look_forward_twice: bool = True
+    """Let the gradient of a layer's boxes reach the layer before."""
     two_stage: bool = True
     """Take the queries from the encoder's best proposals."""
 
@@ -59,12 +61,13 @@ class HDETR(DeformableDETR):
     def forward(self, images: Images, targets: Targets | None = None) -> DetectorOutputs:
         """Predict all layers; in training, those of the second set of queries too."""
         first = self.config.num_queries
+        count = first + self.config.one_to_many_queries if self.training else first
         memory = self.encode(images)
-        proposals, boxes = self.propose(memory, first + self.config.one_to_many_queries if self.training else first)
+        proposals, boxes = self.query_selection.supervise_all(memory, count)
         position, _ = self.query_from_box(boxes).to(memory.features.dtype).chunk(2, dim=-1)
         content = self.query_content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
         mask = apart(boxes.shape[1], first, boxes.device) if self.training else None
-        prediction = self.decode(content, position, boxes, memory, mask, look_forward_twice=True)
+        prediction = self.decode(content, position, boxes, memory, mask)
         groups = {"encoder": proposals, "decoder": QueryGroup(prediction.queries(slice(first)))}
         if self.training:
             groups["one_to_many"] = QueryGroup(prediction.queries(slice(first, None)))

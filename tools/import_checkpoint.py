@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from datasets import Category
 from datasets.annotations import read_annotation_file, read_categories
 from engine import checkpoint
 from engine.whole_files import replacing
+from models import DetectorConfig
+from schema import plain
 from tools.checkpoint_layouts import Conversion, convert
 from tools.checkpoint_layouts.reading import read, select_weights
 
@@ -130,10 +133,7 @@ def report(conversion: Conversion, config: Config) -> list[str]:
     used = len(set(conversion.sources.values()))
     lines = [
         f"layout: {conversion.layout}",
-        f"model: {model.backbone.model}, {model.num_levels} levels, {model.encoder_layers} encoder and "
-        f"{model.decoder_layers} decoder layers, {model.num_queries} queries, {len(conversion.categories)} classes, "
-        f"{'shared heads' if model.shared_heads else 'heads per layer'}, position encoding with temperature "
-        f"{model.position_encoding.temperature:g} and offset {model.position_encoding.offset:g}",
+        f"model: {describe(model)}, {len(conversion.categories)} classes",
         f"entries: {used} used, {len(conversion.left_out)} left out, {len(conversion.filled)} not in the file",
     ]
     # Entries that were dropped because another holds the same are one line together.
@@ -143,6 +143,14 @@ def report(conversion: Conversion, config: Config) -> list[str]:
     lines += [f"  left out: {number} entries: {why}" for why, number in reasons.items()]
     lines += [f"  filled: {number} entries: {why}" for why, number in Counter(conversion.filled.values()).items()]
     return lines + [f"  cut: {line}" for line in conversion.cut]
+
+
+def describe(model: DetectorConfig) -> str:
+    """What was inferred of a detector: the fields in which it differs from its defaults."""
+    default = type(model)()
+    own = {f.name: getattr(model, f.name) for f in fields(model) if getattr(model, f.name) != getattr(default, f.name)}
+    backbone = own.pop("backbone", default.backbone)
+    return ", ".join([model.name, backbone.model, *(f"{key} {plain(value)}" for key, value in own.items())])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.parts.heads import PredictionHeads
 from models.parts.memory import Memory
 from models.parts.position_encoding import sine_features
-from structures import Prediction
+from structures import Prediction, QueryGroup
 
 
 class Proposals(NamedTuple):
@@ -52,6 +52,14 @@ class QuerySelection(nn.Module):
         features, logits, anchors = (select(values, tokens) for values in proposals[:3])
         boxes = (anchors + self.heads.regress(features)).sigmoid()
         return Prediction(logits[None], boxes[None])
+
+    def supervise_all(self, memory: Memory, num_queries: int) -> tuple[QueryGroup, Tensor]:
+        """The proposals of all pixels, about any object, and the boxes [B, Q, 4] of the best, without gradient."""
+        features, logits, anchors, ranking, valid = self.propose(memory)
+        boxes = (anchors + self.heads.regress(features)).sigmoid()
+        supervised = valid if self.suppress_invalid else None
+        group = QueryGroup(Prediction(logits[None], boxes[None]), valid=supervised, class_agnostic=True)
+        return group, select(boxes, self.best(ranking, num_queries)).detach()
 
     def propose(self, memory: Memory) -> Proposals:
         """Features, class logits and anchors of all pixels."""
