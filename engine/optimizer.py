@@ -20,7 +20,8 @@ class OptimizerConfig:
     lr: float = 1e-4
     """Learning rate after warm-up, of parameters that no entry of lr_scales names."""
     lr_scales: dict[str, float] = field(default_factory=lambda: {"backbone": 0.1})
-    """Factor on the learning rate by prefix of the parameter name; the longest matching prefix wins."""
+    """Factor on the learning rate by prefix of the parameter name, or, as in "*.sampling_offsets", by the name of a
+    module wherever it is; the longest that matches wins."""
     weight_decay: float = 1e-4
     """Decoupled weight decay."""
     no_decay: Literal["nothing", "norms_and_biases"] = "nothing"
@@ -195,4 +196,6 @@ Schedule = StepSchedule | CosineSchedule
 
 
 def _has_prefix(name: str, prefix: str) -> bool:
+    if prefix.startswith("*."):
+        return f".{prefix[2:]}." in f".{name}."
     return name == prefix or name.startswith(prefix + ".")

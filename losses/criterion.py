@@ -116,9 +116,7 @@ class Criterion:
             raise ValueError(f"criterion.classification: {self.classification.name} does not fit: the detector {kind}")
         for matcher in (self.matcher, *(group.matcher for group in self.groups.values())):
             if matcher is not None and isinstance(matcher.cost, SoftmaxCost) != no_object:
-                raise ValueError(
-                    f"criterion: the matching cost {matcher.cost.name} is not for the scores of the detector"
-                )
+                raise ValueError(f"criterion: the matching cost {matcher.cost.name} is not for its scores")
         for name, supervision in self.groups.items():
             if name not in (*found, *given):
                 known = ", ".join((*found, *given))

@@ -108,7 +108,7 @@ class DeformableDETR(MultiScaleDetector):
         previous = reference  # with the gradient of the layer before, for look-forward-twice
         for index in range(self.config.decoder_layers):
             content = self.decoder.run(index, content, position, reference, memory, mask)
-            head = self.heads[index % len(self.heads)]
+            head: PredictionHeads = self.heads[index % len(self.heads)]  # type: ignore[assignment]
             changes = head.regress(content)
             logits.append(head.classify(content))
             boxes.append(refine_boxes(previous, changes, EPS))

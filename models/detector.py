@@ -18,6 +18,8 @@ from structures import Detections, DetectorOutputs, Images, Targets
 class DetectorConfig(ABC):
     """What the configurations of all detectors have in common."""
 
+    name: str
+    """The detector's name in a configuration."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """Feature extractor."""
     embed_dim: int = 256

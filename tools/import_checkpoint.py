@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ def report(conversion: Conversion, config: Config) -> list[str]:
 
 def describe(model: DetectorConfig) -> str:
     """What was inferred of a detector: the fields in which it differs from its defaults."""
-    default = type(model)()
+    default = cast("Any", type(model))()
     own = {f.name: getattr(model, f.name) for f in fields(model) if getattr(model, f.name) != getattr(default, f.name)}
     backbone = own.pop("backbone", default.backbone)
     return ", ".join([model.name, backbone.model, *(f"{key} {plain(value)}" for key, value in own.items())])

@@ -28,10 +28,8 @@ class SingleScaleConfig(DetectorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.backbone.strides) != 1:
-            raise ValueError(
-                f"model.backbone.strides: {self.name} looks at one level, such as [32], found "  # type: ignore[attr-defined]
-                f"{list(self.backbone.strides)}"
-            )
+            found = list(self.backbone.strides)
+            raise ValueError(f"model.backbone.strides: {self.name} looks at one level, such as [32], found {found}")
 
 
 class SingleScaleDetector(Detector):
