@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.binary import at_least_float32
 from losses.boxes import OverlapLoss, box_losses
 from losses.classification import Classification
 from losses.diagnostics import instability, matching_diagnostics
 from losses.focal import Focal
+from losses.pairs import Pairs, collect_pairs, matches_of
 from losses.ranking import prime_sample_weights, rank_within
 from matchers import Hungarian, LayerwiseMatcher, Matcher, SoftmaxCost, match_groups
-from ops.boxes import cxcywh_to_xyxy, paired_iou
-from structures import DetectorOutputs, LossOutput, Matches, Prediction, QueryGroup, Targets
+from structures import DetectorOutputs, LossOutput, Prediction, QueryGroup, Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,33 +47,6 @@ class GroupSupervision:
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise ValueError(f"criterion.groups: a weight must not be negative, found {self.weight}")
-
-
-class _Pairs(NamedTuple):
-    """M matched pairs of all groups, in the order of the groups: what concerns pairs is computed once for all."""
-
-    rows: list[Tensor]
-    """For each group, indices of its pairs into its [L·B·Q] rows."""
-    labels: list[Tensor]
-    """For each group, the logit that stands for the target of each of its pairs."""
-    layer: Tensor
-    """[M] index into the layers of all groups together."""
-    target: Tensor
-    """[M] index into the targets of the batch."""
-    score: Tensor
-    """[M] of the target's class, detached."""
-    iou: Tensor
-    """[M] of the predicted box with its target, detached."""
-    boxes: Tensor
-    """[M, 4] predicted."""
-    target_boxes: Tensor
-    """[M, 4] of the target."""
-    scale: Tensor | None
-    """[M] factor of each pair's losses; None for 1."""
-
-    def split(self, values: Tensor) -> list[Tensor]:
-        """Parts of [M] values that belong to each group."""
-        return list(values.split([len(rows) for rows in self.rows]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +122,7 @@ class Criterion:
         """
         with torch.autocast(targets.boxes.device.type, enabled=False):
             groups, candidates = self._match(outputs.groups, targets)
-            pairs = self._collect_pairs(groups.values(), targets)
+            pairs = collect_pairs(list(groups.values()), targets, self.classification.score)
             rank, weight = self._rank(pairs, len(targets.labels), len(candidates))
             normaliser = _normaliser(num_targets, targets)
             images = len(targets.counts) if num_images is None else num_images
@@ -192,45 +163,7 @@ class Criterion:
         found = {name: groups[name]._replace(matches=matches[name]) for name in layers}
         return found | {name: group for name, group in groups.items() if name not in found}, candidates
 
-    def _collect_pairs(self, groups: Collection[QueryGroup], targets: Targets) -> _Pairs:
-        """The matched pairs of all groups."""
-        layers, rows, labels, boxes, scores, scales = [], [], [], [], [], []
-        layers_before = 0
-        for group in groups:
-            prediction, matches = group.prediction, _matches(group)
-            num_layers, num_images, num_queries, num_logits = prediction.logits.shape
-            row = (matches.layer * num_images + matches.image) * num_queries + matches.query
-            label = targets.labels[matches.target]
-            label = torch.zeros_like(label) if group.class_agnostic else label
-            layers.append(matches.layer + layers_before)
-            rows.append(row)
-            labels.append(label)
-            boxes.append(at_least_float32(prediction.boxes.reshape(-1, 4)[row]))
-            scores.append(self.classification.score(prediction.logits.reshape(-1, num_logits), row, label))
-            scales.append(None if group.image_scale is None else group.image_scale[matches.image])
-            layers_before += num_layers
-        target = torch.cat([_matches(group).target for group in groups])
-        matched = torch.cat(boxes)
-        target_boxes = targets.boxes[target].to(matched.dtype)
-        scale = None
-        if any(part is not None for part in scales):
-            ones = [
-                matched.new_ones(len(row)) if part is None else part for part, row in zip(scales, rows, strict=True)
-            ]
-            scale = torch.cat(ones)
-        return _Pairs(
-            rows=rows,
-            labels=labels,
-            layer=torch.cat(layers),
-            target=target,
-            score=torch.cat(scores),
-            iou=paired_iou(cxcywh_to_xyxy(matched.detach()), cxcywh_to_xyxy(target_boxes)),
-            boxes=matched,
-            target_boxes=target_boxes,
-            scale=scale,
-        )
-
-    def _rank(self, pairs: _Pairs, num_targets: int, num_found: int) -> tuple[Tensor, Tensor | None]:
+    def _rank(self, pairs: Pairs, num_targets: int, num_found: int) -> tuple[Tensor, Tensor | None]:
         """Rank of each pair of the first groups among the candidates of its target; weights of all (None: equal)."""
         ranked = slice(sum(len(rows) for rows in pairs.rows[:num_found]))
         quality = self.classification.quality(pairs.score[ranked], pairs.iou[ranked])
@@ -243,7 +176,7 @@ class Criterion:
     def _class_sums(
         self,
         groups: Mapping[str, QueryGroup],
-        pairs: _Pairs,
+        pairs: Pairs,
         weight: Tensor | None,
         num_targets: float | Tensor,
         num_images: int,
@@ -253,7 +186,7 @@ class Criterion:
         weights = [None] * len(groups) if weight is None else pairs.split(weight)
         of_groups = zip(groups.values(), pairs.rows, pairs.labels, pairs.split(pairs.iou), weights, strict=True)
         for group, rows, labels, iou, own in of_groups:
-            logits, matches = group.prediction.logits, _matches(group)
+            logits, matches = group.prediction.logits, matches_of(group)
             image = matches.layer * logits.shape[1] + matches.image
             losses = self.classification(logits.reshape(-1, logits.shape[-1]), rows, labels, iou, own, image)
             losses = losses.view(logits.shape[:-1])
@@ -264,7 +197,7 @@ class Criterion:
             sums.append(losses / self.classification.normaliser(num_targets, num_images * logits.shape[2]))
         return torch.cat(sums)
 
-    def _box_sums(self, groups: Mapping[str, QueryGroup], pairs: _Pairs, weight: Tensor | None) -> dict[str, Tensor]:
+    def _box_sums(self, groups: Mapping[str, QueryGroup], pairs: Pairs, weight: Tensor | None) -> dict[str, Tensor]:
         """Summed L1 and overlap losses of each layer of all groups."""
         losses = torch.stack(box_losses(pairs.boxes, pairs.target_boxes, self.overlap))  # [2, M]
         if weight is not None:
@@ -290,11 +223,6 @@ def _layer_names(name: str, group: QueryGroup) -> list[str]:
     return [name] if name == "encoder" else [f"{name}.{i}" for i in range(len(group.prediction.logits))]
 
 
-def _matches(group: QueryGroup) -> Matches:
-    assert group.matches is not None
-    return group.matches
-
-
 def _without_padding(group: QueryGroup) -> QueryGroup:
     """The group with constants where it is not valid: whatever stands there is replaced, not multiplied by 0."""
     if group.valid is None:
@@ -307,7 +235,7 @@ def _without_padding(group: QueryGroup) -> QueryGroup:
 def _describe(
     found: Mapping[str, QueryGroup],
     candidates: Mapping[str, tuple[int, ...]],
-    pairs: _Pairs,
+    pairs: Pairs,
     rank: Tensor,
     num_targets: int,
 ) -> dict[str, Tensor]:
@@ -326,7 +254,9 @@ def _describe(
         pairs.iou[first],
         num_targets,
     )
-    return described | instability([(names[name], group.prediction, _matches(group)) for name, group in found.items()])
+    return described | instability(
+        [(names[name], group.prediction, matches_of(group)) for name, group in found.items()]
+    )
 
 
 def _normaliser(num_targets: float | Tensor | None, targets: Targets) -> float | Tensor:
