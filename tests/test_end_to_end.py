@@ -12,7 +12,7 @@ import torch
 import config
 from datasets.shapes import ShapesConfig, generate
 from engine.evaluator import Evaluator
-from structures import Batch, DetectorOutputs, Prediction, Targets
+from structures import Batch, DetectorOutputs, Prediction, QueryGroup, Targets
 
 MODEL = {
     "backbone": {"model": "resnet10t", "pretrained": False, "norm": "group", "frozen_stages": 0},
@@ -58,7 +58,7 @@ def evaluate(cfg: config.Config, model: torch.nn.Module) -> tuple[dict[str, Any]
     evaluator = Evaluator(cfg.data.val.annotations, val_set.categories)
     with torch.no_grad():
         for batch in cfg.data.build_val_loader(val_set):
-            evaluator.update(batch.image_ids, model.postprocess(model(batch), batch.original_sizes))
+            evaluator.update(batch.image_ids, model.postprocess(model(batch.images), batch.original_sizes))
     return evaluator.compute(), evaluator.results()
 
 
@@ -74,7 +74,7 @@ def test_two_images_are_learnt_by_heart(shapes):
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * min(1, (step + 1) / 20, (steps - step) / 80)
-        loss = cfg.criterion(model(batch), batch.targets).total
+        loss = cfg.criterion(model(batch.images, batch.targets), batch.targets).total
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -144,7 +144,8 @@ def random_outputs(targets: Targets, seed: int) -> DetectorOutputs:
     shift = torch.randn(2, 2, 30, 4, generator=generator)
     logits = torch.randn(2, 2, 30, 6, generator=generator)
     decoder = Prediction(logits, (boxes * (1 + 0.25 * shift) + 0.04 * shift.abs()).clamp(0.01, 0.99))
-    return DetectorOutputs(decoder, Prediction(logits[0] + 0.5, decoder.boxes[1]), None)
+    encoder = Prediction(logits[:1] + 0.5, decoder.boxes[1:])
+    return DetectorOutputs({"encoder": QueryGroup(encoder), "decoder": QueryGroup(decoder)})
 
 
 def test_an_override_of_every_criterion_key_changes_the_loss(shapes):

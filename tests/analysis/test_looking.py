@@ -20,7 +20,7 @@ from analysis.looking import (
 )
 from analysis.matching import ImageObjects
 from analysis.pages import Picture
-from analysis.sampling import Sampling
+from structures import Looking
 
 
 def objects(*sides: float, crowd: int | None = None) -> ImageObjects:
@@ -67,13 +67,17 @@ def test_query_is_the_best_regressed_one_of_this_target():
     locations = torch.arange(2 * 3, dtype=torch.float32).reshape(2, 3, 1, 1, 1, 1).expand(2, 3, 2, 2, 4, 2) / 10
     weights = torch.full((2, 3, 2, 2, 4), 1 / 8)
     reference = torch.tensor([0.5, 0.5, 0.2, 0.4]).expand(2, 3, 4)
-    sampling = Sampling(locations, weights, reference)
-    found = looking_query(0, truth, scores, boxes, sampling, 1, (100, 200))
+    looking = Looking(locations, weights, reference)
+    found = looking_query(0, truth, scores, boxes, looking, 1, (100, 200))
     assert (found.query, found.score) == (1, 0.2)
     assert found.iou == pytest.approx(0.9)
     np.testing.assert_allclose(found.points[0, 0, 0], [0.4 * 200, 0.4 * 100], rtol=1e-6)
     np.testing.assert_allclose(found.reference_xyxy, [80, 30, 120, 70], rtol=1e-6)
-    assert looking_query(1, truth, scores, boxes, sampling, 1, (100, 200)).query == 0
+    assert looking_query(1, truth, scores, boxes, looking, 1, (100, 200)).query == 0
+    point = looking_query(0, truth, scores, boxes, looking._replace(reference=reference[..., :2]), 1, (100, 200))
+    np.testing.assert_allclose(point.reference_xyxy, [100, 50, 100, 50], rtol=1e-6)
+    nowhere = looking_query(0, truth, scores, boxes, looking._replace(reference=None), 1, (100, 200))
+    assert np.isnan(nowhere.reference_xyxy).all()
 
 
 def query(box: list[float], spread: float) -> LookingQuery:

@@ -61,7 +61,7 @@ def test_targets_fed_back_as_detections_are_all_found_but_the_one_without_area(c
 def test_training_batches(config):
     train, _ = config.build_datasets()
     (batch,) = next(config.build_train_loader(train, seed=0).iterate(0))
-    assert batch.images.shape[0] == 8
+    assert batch.images.pixels.shape[0] == 8
     assert min(batch.targets.counts) > 0
-    assert (batch.image_sizes.amin(dim=1) == 160).all()
-    assert batch.images.abs().max() < 3
+    assert (batch.images.sizes.amin(dim=1) == 160).all()
+    assert batch.images.pixels.abs().max() < 3

@@ -24,7 +24,7 @@ from engine import distributed
 from engine.runs import session
 from engine.step import OptimizerStep
 from ops.ms_deform_attn import describe_backend, set_default_backend
-from structures import Batch, Targets
+from structures import Batch, BatchSize
 from tools import replay
 
 MODEL: dict[str, Any] = {
@@ -314,7 +314,7 @@ def write_gradients(data: Path, splits: dict[str, int], emptied: int) -> None:
             counts = [count for batch in batches for count in batch.targets.counts]
             assert any(0 in gathered for gathered in distributed.gather(counts)), "an image without targets takes part"
             per_process = distributed.gather(sum(counts))
-            norm, _ = step.backward(batches, sum(per_process))
+            norm, _ = step.backward(batches, BatchSize(sum(per_process), len(order)))
             gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
             if distributed.is_main():
                 torch.save({"norm": norm, "targets": torch.tensor(per_process), **gradients}, data / name)
@@ -328,7 +328,10 @@ def without_targets(batch: Batch, images: set[int]) -> Batch:
         for keep, (labels, boxes) in zip(kept, batch.targets.split(), strict=True)
     ]
     labels, boxes = zip(*found, strict=True)
-    return batch._replace(targets=Targets(torch.cat(labels), torch.cat(boxes), tuple(map(len, labels))))
+    counts = tuple(map(len, labels))
+    return batch._replace(
+        targets=batch.targets._replace(labels=torch.cat(labels), boxes=torch.cat(boxes), counts=counts)
+    )
 
 
 @pytest.mark.parametrize("emptied", [0, 4])

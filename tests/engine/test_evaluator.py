@@ -18,7 +18,7 @@ from torch import nn
 from engine import evaluator as evaluator_module
 from engine.coco_metrics import STATISTICS, box_metrics, choose_backend, read_ground_truth
 from engine.evaluator import Evaluator, evaluate
-from structures import Batch, Detections, Targets
+from structures import Batch, Detections, Images, Targets
 
 CATEGORIES = ((2, "cat"), (5, "dog"), (11, "emu"))
 needs_hotcoco = pytest.mark.skipif(find_spec("hotcoco") is None, reason="hotcoco is not installed")
@@ -303,15 +303,17 @@ def test_an_absent_fast_backend_falls_back(monkeypatch):
 
 
 class Echo(nn.Module):
-    """Detects what the targets say."""
+    """Detects what the targets of the batches say, in their order: it is shown the images alone."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
-    def forward(self, batch):
+    def forward(self, images):
+        assert isinstance(images, Images)
+        targets = [batch.targets for batch in batches()]
         self.calls.append((self.training, torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")))
-        return batch
+        return targets[(len(self.calls) - 1) % len(targets)]
 
     def postprocess(self, outputs, original_sizes):
         return [
@@ -321,7 +323,7 @@ class Echo(nn.Module):
                 torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], dim=1)
                 * size.flip(0).repeat(2),
             )
-            for (labels, boxes), size in zip(outputs.targets.split(), original_sizes, strict=True)
+            for (labels, boxes), size in zip(outputs.split(), original_sizes, strict=True)
         ]
 
 
@@ -329,12 +331,10 @@ def batches():
     boxes = torch.tensor([[0.3, 0.3, 0.4, 0.4]])
     for image_id, count in ((7, 1), (8, 0)):
         yield Batch(
-            torch.zeros(1, 3, 8, 8),
-            torch.tensor([[8, 8]]),
+            Images(torch.zeros(1, 3, 8, 8), torch.tensor([[8, 8]])),
             Targets(torch.ones(count, dtype=torch.int64), boxes[:count], (count,)),
             torch.tensor([image_id]),
             torch.tensor([[100, 100]]),
-            (0,),
         )
 
 

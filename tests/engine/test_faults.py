@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 from test_exactness import assert_identical, last
-from tiny_training import Options, TinyDetector, build, criterion, make_batch, train
+from tiny_training import Options, TinyDetector, build, criterion, decoder_outputs, make_batch, map_pixels, train
 from torch import Tensor, nn
 from training_processes import run_processes
 
 from engine.runs.diagnosis import StepRecord, diagnose
 from engine.runs.faults import MAX_DUMPS, DivergedError
 from engine.step import OptimizerStep
-from structures import Batch, DetectorOutputs, LossOutput, Targets
+from structures import BatchSize, DetectorOutputs, Images, LossOutput, Targets
 
 CPU = torch.device("cpu")
+TWO_IMAGES = BatchSize(num_targets=3, num_images=2)
 
 
 def test_non_finite_image_stops_training_with_its_origin(tmp_path: Path) -> None:
@@ -46,14 +47,19 @@ def test_dump_runs_again_with_the_same_random_numbers(tmp_path: Path) -> None:
     record = StepRecord.from_content(content, path)
     model = TinyDetector(dropout=0.2)
     model.load_state_dict(content["weights"])
+    assert record.size == BatchSize(num_targets=sum(sum(b.targets.counts) for b in record.batches), num_images=8)
+    assert [batch.targets.seeds for batch in record.batches] == [tuple(range(16, 24))]
     found = record.run_again(model, criterion, CPU)
     assert json.dumps(found._asdict()) == json.dumps(content["diagnosis"])
     # With the batch mended, what is left is finite, and equals what training would have computed.
-    mended = record._replace(batches=[batch._replace(images=batch.images.nan_to_num()) for batch in record.batches])
+    mended = record._replace(batches=[map_pixels(batch, torch.nan_to_num) for batch in record.batches])
     assert mended.run_again(model, criterion, CPU).terms == mended.run_again(model, criterion, CPU).terms
     assert mended.run_again(model, criterion, CPU).is_finite
     with pytest.raises(ValueError, match="is not the dump of a non-finite step"):
         StepRecord.from_content({"weights": {}}, path)
+    former = {name: value for name, value in content.items() if name != "size"} | {"num_targets": 3}
+    with pytest.raises(ValueError, match=r"nonfinite_step2_rank0.pth: was dumped by an earlier version"):
+        StepRecord.from_content(former, path)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -81,21 +87,21 @@ def test_skipped_steps_are_counted_and_leave_the_weights_alone(tmp_path: Path, b
 def test_dumps_are_bounded(tmp_path: Path) -> None:
     trainer = build(Options(directory=str(tmp_path), max_nonfinite_steps=100))
     batch = make_batch([1, 2])
-    batch = batch._replace(images=batch.images * float("inf"))
+    batch = map_pixels(batch, lambda pixels: pixels * float("inf"))
     for step in range(MAX_DUMPS + 2):
-        trainer.faults.handle(trainer.optimizer_step, step, [batch], 3, [])
+        trainer.faults.handle(trainer.optimizer_step, step, [batch], TWO_IMAGES, [])
     assert len(list(tmp_path.glob("nonfinite_*.pth"))) == MAX_DUMPS
 
 
 def test_full_disk_leaves_the_diagnosis_and_no_half_dump(tmp_path: Path) -> None:
     trainer = build(Options(directory=str(tmp_path), ballast_mib=2))
     batch = make_batch([1, 2])
-    batch = batch._replace(images=batch.images * float("inf"))
+    batch = map_pixels(batch, lambda pixels: pixels * float("inf"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
         with pytest.raises(DivergedError, match=r"first bad layer backbone.*cannot keep it: File too large"):
-            trainer.faults.handle(trainer.optimizer_step, 4, [batch], 3, [])
+            trainer.faults.handle(trainer.optimizer_step, 4, [batch], TWO_IMAGES, [])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
@@ -119,19 +125,15 @@ class _Spoiled(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
         self.spoil_forward = forward
 
-    def forward(self, batch: Batch) -> DetectorOutputs:
-        logits, boxes = self.detector(batch).decoder
-        if self.spoil_forward:
-            return DetectorOutputs(type(self.detector(batch).decoder)(logits / 0, boxes), None, None)
+    def forward(self, images: Images, targets: Targets) -> DetectorOutputs:
+        logits, boxes = self.detector(images).groups["decoder"].prediction
         # 0 forwards; the derivative of the square root at 0 is infinite.
-        return DetectorOutputs(
-            type(self.detector(batch).decoder)(logits + (logits * 0).sqrt() * self.scale, boxes), None, None
-        )
+        return decoder_outputs(logits / 0 if self.spoil_forward else logits + (logits * 0).sqrt() * self.scale, boxes)
 
 
 def test_diagnosis_tells_forward_from_backward() -> None:
     def run(model: nn.Module) -> Any:
-        return diagnose(model, criterion, [make_batch([1, 2])], 3, device=CPU, precision="fp32")
+        return diagnose(model, criterion, [make_batch([1, 2])], TWO_IMAGES, device=CPU, precision="fp32")
 
     forward, backward, good = run(_Spoiled(True)), run(_Spoiled(False)), run(TinyDetector())
     assert forward.first_module == "the model"
@@ -152,33 +154,33 @@ def test_diagnosis_tells_forward_from_backward() -> None:
 def test_refusing_criterion_becomes_a_non_finite_gradient_everywhere() -> None:
     """Other processes wait for gradients: an exception on one of them would leave them waiting."""
 
-    def refusing(outputs: DetectorOutputs, targets: Targets, num_targets: float) -> LossOutput:
-        if not bool(torch.isfinite(outputs.decoder.logits).all()):
+    def refusing(outputs: DetectorOutputs, targets: Targets, num_targets: float, num_images: int) -> LossOutput:
+        if not bool(torch.isfinite(outputs.result.logits).all()):
             raise ValueError("layer 0 predicts NaN")
         raise ValueError("a wrong configuration")
 
     model = TinyDetector()
     step = OptimizerStep(model, refusing, torch.optim.SGD(model.parameters()), device=CPU)
     bad = make_batch([1, 2])
-    bad = bad._replace(images=bad.images * float("nan"))
-    norm, _ = step.backward([bad], 3)
+    bad = map_pixels(bad, lambda pixels: pixels * float("nan"))
+    norm, _ = step.backward([bad], TWO_IMAGES)
     assert not bool(torch.isfinite(norm))
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-    found = diagnose(model, refusing, [bad], 3, device=CPU, precision="fp32")
+    found = diagnose(model, refusing, [bad], TWO_IMAGES, device=CPU, precision="fp32")
     assert "the criterion says: layer 0 predicts NaN" in found.describe()
     with pytest.raises(ValueError, match="a wrong configuration"):
-        step.backward([make_batch([1, 2])], 3)
+        step.backward([make_batch([1, 2])], TWO_IMAGES)
 
 
 def test_infinite_loss_with_finite_gradient_is_noticed() -> None:
-    def infinite(outputs: DetectorOutputs, targets: Targets, num_targets: float) -> LossOutput:
-        total: Tensor = outputs.decoder.logits.sum() + outputs.decoder.boxes.sum() + float("inf")
+    def infinite(outputs: DetectorOutputs, targets: Targets, num_targets: float, num_images: int) -> LossOutput:
+        total: Tensor = outputs.result.logits.sum() + outputs.result.boxes.sum() + float("inf")
         return LossOutput(total, {}, {})
 
     model = TinyDetector()
     step = OptimizerStep(model, infinite, torch.optim.SGD(model.parameters()), device=CPU)
-    norm, _ = step.backward([make_batch([1, 2])], 3)
+    norm, _ = step.backward([make_batch([1, 2])], TWO_IMAGES)
     assert not bool(torch.isfinite(norm))
 
 
@@ -201,7 +203,7 @@ def test_persistent_overflow_in_half_precision_stops(tmp_path: Path) -> None:
     step = trainer.optimizer_step
     step.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     batch = make_batch([1, 2])
-    huge = batch._replace(images=batch.images * 1e30)
-    _, losses = step.backward([huge], 3)
+    huge = map_pixels(batch, lambda pixels: pixels * 1e30)
+    _, losses = step.backward([huge], TWO_IMAGES)
     with pytest.raises(DivergedError):
-        trainer.faults.handle(step, 5, [huge], 3, losses)
+        trainer.faults.handle(step, 5, [huge], TWO_IMAGES, losses)

@@ -33,7 +33,7 @@ from engine.runs.signals import Interrupted
 from engine.step import OptimizerStep, configure_device
 from engine.trainer import Trainer
 from engine.trainer_config import TrainerConfig
-from structures import Batch, DetectorOutputs, LossOutput, Prediction, Targets
+from structures import Batch, BatchSize, DetectorOutputs, Images, LossOutput, Prediction, QueryGroup, Targets
 
 QUERIES = 5
 
@@ -49,17 +49,22 @@ class TinyDetector(nn.Module):
         self.class_head = nn.Linear(8, QUERIES * num_classes)
         self.box_head = nn.Linear(8, QUERIES * 4)
 
-    def forward(self, batch: Batch) -> DetectorOutputs:
-        features = self.dropout(self.norm(self.backbone(batch.images)).relu().mean(dim=(2, 3)))
-        size = len(batch.images)
+    def forward(self, images: Images, targets: Targets | None = None) -> DetectorOutputs:
+        features = self.dropout(self.norm(self.backbone(images.pixels)).relu().mean(dim=(2, 3)))
+        size = len(images.pixels)
         logits = self.class_head(features).float().view(1, size, QUERIES, -1)
         boxes = self.box_head(features).float().view(1, size, QUERIES, 4).sigmoid()
-        return DetectorOutputs(Prediction(logits, boxes), None, None)
+        return decoder_outputs(logits, boxes)
 
 
-def criterion(outputs: DetectorOutputs, targets: Targets, num_targets: float) -> LossOutput:
+def decoder_outputs(logits: Tensor, boxes: Tensor) -> DetectorOutputs:
+    """Of logits [L, B, Q, C] and boxes [L, B, Q, 4] of a decoder alone."""
+    return DetectorOutputs({"decoder": QueryGroup(Prediction(logits, boxes))})
+
+
+def criterion(outputs: DetectorOutputs, targets: Targets, num_targets: float, num_images: int) -> LossOutput:
     """The i-th target of an image belongs to its i-th query; all others are background."""
-    logits, boxes = outputs.decoder
+    logits, boxes = outputs.groups["decoder"].prediction
     labels = torch.zeros_like(logits[0])
     box_loss = boxes.sum() * 0
     for image, (classes, wanted) in enumerate(targets.split()):
@@ -82,8 +87,13 @@ def make_batch(seeds: list[int]) -> Batch:
         boxes.append(torch.rand(count, 4, generator=generator))
         counts.append(count)
     size = torch.full((len(seeds), 2), 8)
-    targets = Targets(torch.cat(labels), torch.cat(boxes), tuple(counts))
-    return Batch(torch.stack(images), size, targets, torch.tensor(seeds), size, tuple(seeds))
+    targets = Targets(torch.cat(labels), torch.cat(boxes), tuple(counts), tuple(seeds))
+    return Batch(Images(torch.stack(images), size), targets, torch.tensor(seeds), size)
+
+
+def map_pixels(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with a function of its pixels in their place."""
+    return batch._replace(images=batch.images._replace(pixels=function(batch.images.pixels)))
 
 
 class TinyLoader:
@@ -160,8 +170,8 @@ def evaluate(model: nn.Module, should_stop: Callable[[], bool], seconds: float =
     while time.monotonic() < until and not should_stop():
         time.sleep(0.01)
     with torch.no_grad():
-        outputs = model(make_batch(list(range(1000, 1016))))
-    return {"AP": float(outputs.decoder.boxes.mean()) * 100, "AP50": 50.0}
+        outputs = model(make_batch(list(range(1000, 1016))).images)
+    return {"AP": float(outputs.result.boxes.mean()) * 100, "AP50": 50.0}
 
 
 def build(options: Options) -> Trainer:
@@ -222,9 +232,9 @@ def _inject(options: Options, step: int, batch: Batch) -> Batch:
     if step == options.signal_at and distributed.rank() == options.signal_rank:
         os.kill(os.getpid(), options.signal_number)
     if step == options.nan_at and distributed.rank() == options.nan_rank:
-        images: Tensor = batch.images.clone()
-        images[0, 0, 0, 0] = float("nan")
-        return batch._replace(images=images)
+        pixels: Tensor = batch.images.pixels.clone()
+        pixels[0, 0, 0, 0] = float("nan")
+        return map_pixels(batch, lambda _: pixels)
     return batch
 
 
@@ -255,7 +265,7 @@ def write_gradients(trainer: Trainer, path: Path) -> None:
     batches = next(trainer.loader.iterate(0, 0))
     (targets,) = distributed.host_sum([sum(sum(batch.targets.counts) for batch in batches)])
     step = trainer.optimizer_step
-    norm, _ = step.backward(batches, targets)
+    norm, _ = step.backward(batches, BatchSize(targets, trainer.batch_size))
     found = {name: parameter.grad for name, parameter in step.module.named_parameters()}
     if distributed.is_main():
         torch.save({"norm": norm, **found}, path)

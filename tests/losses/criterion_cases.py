@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,24 @@ def make_prediction(
     """Leaves that require gradients: logits around −2 and random boxes."""
     logits = 2 * torch.randn(*shape, num_classes, generator=generator, dtype=dtype) - 2
     return Prediction(logits.requires_grad_(), random_boxes(generator, *shape, dtype=dtype).requires_grad_())
+
+
+def map_predictions(outputs: DetectorOutputs, function: Callable[[Tensor], Tensor]) -> DetectorOutputs:
+    """The same outputs with a function of all logits and of all boxes in their place."""
+    groups = outputs.groups.items()
+    return DetectorOutputs(
+        {name: group._replace(prediction=Prediction(*map(function, group.prediction))) for name, group in groups}
+    )
+
+
+def replace_group(outputs: DetectorOutputs, name: str, **fields: object) -> DetectorOutputs:
+    """The same outputs with other fields in one of the groups."""
+    return DetectorOutputs({**outputs.groups, name: outputs.groups[name]._replace(**fields)})  # type: ignore[arg-type]
+
+
+def leaves_of(outputs: DetectorOutputs) -> list[Tensor]:
+    """Logits and boxes of all groups, in their order."""
+    return [part for group in outputs.groups.values() for part in group.prediction]
 
 
 def make_outputs(

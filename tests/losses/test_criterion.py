@@ -8,14 +8,10 @@ import pytest
 import torch
 
 from losses import IABCE, Align, Criterion, Focal, LossWeights
-from matchers import Hungarian, Mixed, NonFinitePredictionError
-from structures import Denoising, DetectorOutputs, Matches, Prediction, Targets
-from tests.losses.criterion_cases import make_outputs
+from matchers import FocalCost, Hungarian, Mixed, NonFinitePredictionError
+from structures import DetectorOutputs, Matches, Targets
+from tests.losses.criterion_cases import leaves_of, make_outputs, map_predictions, replace_group
 from tests.losses.criterion_configs import ALIGN_DETR, every_config
-
-
-def leaves_of(outputs):
-    return [*outputs.decoder, *outputs.encoder, *outputs.denoising.decoder]
 
 
 def gradients(config, outputs, targets, num_targets=None):
@@ -32,18 +28,14 @@ def select_images(outputs: DetectorOutputs, targets: Targets, images: list[int])
     )
     old_first = [sum(targets.counts[:b]) for b in range(len(targets.counts))]
     new_first = [sum(chosen.counts[:b]) for b in range(len(images))]
-    noised = outputs.denoising
+    noised = outputs.groups["denoising"]
     rows = []
     for layer, image, query, target in zip(*(index.tolist() for index in noised.matches), strict=True):
         rows += [(layer, new, query, target - old_first[image] + new_first[new])
                  for new, old in enumerate(images) if old == image]  # fmt: skip
     matches = Matches(*torch.tensor(rows, dtype=torch.long).reshape(-1, 4).unbind(1))
-    decoder, denoised = (
-        Prediction(*(part[:, images] for part in prediction)) for prediction in (outputs.decoder, noised.decoder)
-    )
-    encoder = Prediction(*(part[images] for part in outputs.encoder))
-    denoising = Denoising(denoised, matches, noised.num_groups[images], noised.valid[images])
-    return DetectorOutputs(decoder, encoder, denoising), chosen
+    own = {"matches": matches, "image_scale": noised.image_scale[images], "valid": noised.valid[images]}
+    return replace_group(map_predictions(outputs, lambda part: part[:, images]), "denoising", **own), chosen
 
 
 def assert_same(result, expected):
@@ -59,8 +51,8 @@ def test_defaults_are_dino():
     assert config.matcher == Hungarian()
     assert config.prime_sample_tau is None
     assert config.weights == LossWeights(classification=1.0, bbox=5.0, giou=2.0)
-    cost = config.matcher.cost
-    assert (cost.classification, cost.bbox, cost.giou, cost.position_modulation) == (2.0, 5.0, 2.0, 0.0)
+    assert config.matcher.cost == FocalCost(classification=2.0, bbox=5.0, giou=2.0, alpha=0.25, gamma=2.0)
+    assert config.groups == {}
 
 
 @every_config
@@ -96,10 +88,10 @@ def test_permuting_targets(config):
     outputs, targets = make_outputs(3, (4, 3))
     order = torch.tensor([2, 0, 3, 1, 6, 5, 4])
     inverse = order.argsort()
-    noised = outputs.denoising
-    matches = noised.matches._replace(target=inverse[noised.matches.target])
+    matches = outputs.groups["denoising"].matches
+    matches = matches._replace(target=inverse[matches.target])
     shuffled = Targets(targets.labels[order], targets.boxes[order], targets.counts)
-    result = config(outputs._replace(denoising=noised._replace(matches=matches)), shuffled)
+    result = config(replace_group(outputs, "denoising", matches=matches), shuffled)
     assert_same(result, config(outputs, targets))
 
 
@@ -107,10 +99,8 @@ def test_permuting_targets(config):
 def test_permuting_queries(config):
     outputs, targets = make_outputs(4, (4, 3))
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    shuffled = outputs._replace(
-        decoder=Prediction(*(part[:, :, order] for part in outputs.decoder)),
-        encoder=Prediction(*(part[:, order] for part in outputs.encoder)),
-    )
+    shuffled = map_predictions(outputs, lambda part: part[:, :, order])
+    shuffled = DetectorOutputs({**shuffled.groups, "denoising": outputs.groups["denoising"]})
     assert_same(config(shuffled, targets), config(outputs, targets))
 
 
@@ -119,16 +109,16 @@ def test_permuting_queries(config):
 def test_padding_of_denoising_queries_is_not_supervised(config, filler):
     outputs, targets = make_outputs(5, (2, 5))
     expected, expected_gradients = config(outputs, targets), gradients(config, outputs, targets)
-    noised = outputs.denoising
+    noised = outputs.groups["denoising"]
     pad = ~noised.valid
     assert pad.any()
     with torch.no_grad():
-        for part in noised.decoder:
+        for part in noised.prediction:
             part[:, pad] = filler
     assert_same(config(outputs, targets), expected)
     for mine, reference in zip(gradients(config, outputs, targets), expected_gradients, strict=True):
         torch.testing.assert_close(mine, reference)
-    assert all(part.grad is None for part in noised.decoder)
+    assert all(part.grad is None for part in noised.prediction)
     for gradient in gradients(config, outputs, targets)[-2:]:
         assert gradient[:, pad].abs().max() == 0
 
@@ -170,8 +160,9 @@ def test_number_of_targets_divides_and_is_at_least_one(config):
 
 def test_denoising_is_divided_by_the_groups_of_its_image():
     outputs, targets = make_outputs(8, (2, 3))
-    doubled = outputs.denoising._replace(num_groups=2 * outputs.denoising.num_groups)
-    base, halved = ALIGN_DETR(outputs, targets), ALIGN_DETR(outputs._replace(denoising=doubled), targets)
+    scale = outputs.groups["denoising"].image_scale
+    base = ALIGN_DETR(outputs, targets)
+    halved = ALIGN_DETR(replace_group(outputs, "denoising", image_scale=scale / 2), targets)
     for name, value in base.terms.items():
         torch.testing.assert_close(halved.terms[name], value / 2 if name.startswith("denoising") else value)
 
@@ -217,16 +208,8 @@ def test_targets_are_never_modified():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_under_autocast_computes_in_float32(config, dtype):
     outputs, targets = make_outputs(13, (3, 4))
-    half = DetectorOutputs(
-        *(Prediction(*(part.detach().to(dtype) for part in prediction)) for prediction in outputs[:2]),
-        outputs.denoising._replace(
-            decoder=Prediction(*(part.detach().to(dtype) for part in outputs.denoising.decoder))
-        ),
-    )
-    widened = DetectorOutputs(
-        *(Prediction(*(part.float() for part in prediction)) for prediction in half[:2]),
-        half.denoising._replace(decoder=Prediction(*(part.float() for part in half.denoising.decoder))),
-    )
+    half = map_predictions(outputs, lambda part: part.detach().to(dtype))
+    widened = map_predictions(half, torch.Tensor.float)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = config(half, targets)
     assert result.total.dtype == torch.float32
@@ -238,9 +221,9 @@ def test_half_precision_under_autocast_computes_in_float32(config, dtype):
 def test_extreme_logits(config, value):
     outputs, targets = make_outputs(14, (3, 0, 4))
     with torch.no_grad():
-        for part in (outputs.decoder, outputs.encoder, outputs.denoising.decoder):
-            part.logits.fill_(value)
-            part.logits[..., ::2] = -value
+        for group in outputs.groups.values():
+            group.prediction.logits.fill_(value)
+            group.prediction.logits[..., ::2] = -value
     result = config(outputs, targets)
     assert result.total.isfinite()
     assert all(gradient.isfinite().all() for gradient in gradients(config, outputs, targets))
@@ -251,11 +234,11 @@ def test_non_finite_predictions_are_located(supervision):
     outputs, targets = make_outputs(15, (3, 4))
     with torch.no_grad():
         if supervision == "decoder":
-            outputs.decoder.boxes[1, 1, 2, 0] = float("nan")
+            outputs.groups["decoder"].prediction.boxes[1, 1, 2, 0] = float("nan")
         elif supervision == "encoder":
-            outputs.encoder.logits[1, 3, 2] = float("inf")
+            outputs.groups["encoder"].prediction.logits[0, 1, 3, 2] = float("inf")
         else:
-            outputs.denoising.decoder.logits[1, 1, 0, 0] = float("nan")
+            outputs.groups["denoising"].prediction.logits[1, 1, 0, 0] = float("nan")
     layer = 0 if supervision == "encoder" else 1
     with pytest.raises(NonFinitePredictionError, match=rf"{supervision} layer {layer} for image 1"):
         ALIGN_DETR(outputs, targets)
@@ -274,9 +257,9 @@ def test_weights_must_not_be_negative():
 
 def test_candidates_are_checked_against_the_model():
     config = Criterion(matcher=Mixed(candidates=(2, 2, 2, 1)))
-    config.check(num_decoder_layers=3, has_encoder_output=True)
-    with pytest.raises(ValueError, match="lists 4 numbers, but 6 layers"):
-        config.check(num_decoder_layers=6, has_encoder_output=False)
+    config.check({"encoder": 1, "decoder": 3})
+    with pytest.raises(ValueError, match=r"lists 4 numbers, but 6 layers are supervised by it: 6 of decoder$"):
+        config.check({"decoder": 6})
 
 
 @pytest.mark.parametrize(

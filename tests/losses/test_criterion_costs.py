@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from structures import Denoising, DetectorOutputs, Matches, Prediction
+from structures import DetectorOutputs, map_tensors
 from tests.losses.criterion_cases import make_outputs
 from tests.losses.criterion_configs import every_config
 
@@ -59,7 +59,7 @@ def test_memory_is_bounded_by_the_cost_of_padded_targets(config, counts):
     outputs, targets = make_outputs(16, counts, num_classes=3, denoising=False)
     with LargestTensor() as largest:
         config(outputs, targets).total.backward()
-    num_layers, num_images, num_queries, num_classes = outputs.decoder.logits.shape
+    num_layers, num_images, num_queries, num_classes = outputs.groups["decoder"].prediction.logits.shape
     assert largest.elements <= num_layers * num_images * num_queries * max(*counts, num_classes, 14)
 
 
@@ -70,15 +70,8 @@ def test_synchronisations_on_a_gpu(config, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     outputs, targets = make_outputs(17, (3, 0, 4))
-    on_gpu = DetectorOutputs(
-        *(Prediction(*(part.detach().cuda() for part in prediction)) for prediction in outputs[:2]),
-        Denoising(
-            Prediction(*(part.detach().cuda() for part in outputs.denoising.decoder)),
-            Matches(*(index.cuda() for index in outputs.denoising.matches)),
-            outputs.denoising.num_groups.cuda(),
-            outputs.denoising.valid.cuda(),
-        ),
-    )
+    groups = outputs.groups.items()
+    on_gpu = DetectorOutputs({name: map_tensors(group, lambda part: part.detach().cuda()) for name, group in groups})
     gpu_targets = targets.to("cuda")
     expected = config(outputs, targets)
     assert config(on_gpu, gpu_targets).total.item() == pytest.approx(expected.total.item(), rel=1e-5)

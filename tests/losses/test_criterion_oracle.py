@@ -17,17 +17,16 @@ from losses import (
     QualityFocal,
     Varifocal,
 )
-from matchers import Hungarian, Mixed
-from structures import DetectorOutputs, Prediction, Targets
+from matchers import Hungarian, Mixed, match_groups
+from structures import DetectorOutputs, Targets
 from tests.losses import criterion_oracle as oracle
-from tests.losses.criterion_cases import make_outputs
+from tests.losses.criterion_cases import leaves_of, make_outputs, map_predictions
 
 LOSSES = [IABCE(), Focal(), Align(), QualityFocal(), Varifocal(), PositionSupervised(), MatchabilityAware()]
 
 
-def leaves_of(outputs: DetectorOutputs) -> list[torch.Tensor]:
-    parts = [*outputs.decoder, *(outputs.encoder or ())]
-    return parts + (list(outputs.denoising.decoder) if outputs.denoising else [])
+def layers_to_match(outputs: DetectorOutputs) -> dict[str, int]:
+    return {name: len(group.prediction.logits) for name, group in outputs.groups.items() if group.matches is None}
 
 
 def gradients(total: torch.Tensor, outputs: DetectorOutputs) -> list[torch.Tensor]:
@@ -36,14 +35,13 @@ def gradients(total: torch.Tensor, outputs: DetectorOutputs) -> list[torch.Tenso
 
 def pairs_found(config: Criterion, outputs: DetectorOutputs, targets: Targets) -> dict:
     """What the matcher finds, in the oracle's form."""
-    predictions = {"decoder": outputs.decoder}
-    if outputs.encoder is not None:
-        predictions = {"encoder": Prediction(*(part[None] for part in outputs.encoder)), **predictions}
+    layers = layers_to_match(outputs)
+    candidates = config.matcher.candidates_by_layer(layers)
     found: dict = {}
     offsets = [sum(targets.counts[:b]) for b in range(len(targets.counts))]
-    for name, matches in config.matcher.match(predictions, targets).items():
-        layers = predictions[name].logits.shape[0]
-        for layer in range(layers):
+    matched = match_groups(outputs.groups, dict.fromkeys(layers, config.matcher), candidates, targets)
+    for name, matches in matched.items():
+        for layer in range(layers[name]):
             for image in range(len(targets.counts)):
                 found["encoder" if name == "encoder" else f"decoder.{layer}", image] = []
         for layer, image, query, target in zip(*(index.tolist() for index in matches), strict=True):
@@ -53,13 +51,13 @@ def pairs_found(config: Criterion, outputs: DetectorOutputs, targets: Targets) -
 
 
 def assert_equal_to_oracle(config, outputs, targets, rtol, *, given_pairs=False, num_targets=None):
-    layers = outputs.decoder.logits.shape[0] + (outputs.encoder is not None)
+    candidates = config.matcher.candidates_by_layer(layers_to_match(outputs))
     ours = config(outputs, targets, num_targets)
     total, terms = oracle.criterion(
         outputs,
         targets,
         config.classification.name,
-        list(config.matcher.layer_candidates(layers)),
+        [k for layers in candidates.values() for k in layers],
         config.prime_sample_tau,
         num_targets,
         pairs_found(config, outputs, targets) if given_pairs else None,
@@ -86,12 +84,7 @@ def test_every_loss(loss, tau, matcher):
 def test_float32_is_as_close_as_float32_allows(loss):
     exact, targets = make_outputs(2, (4, 1, 7), num_queries=60, num_classes=20, dtype=torch.float64)
     config = Criterion(classification=loss, matcher=Mixed(candidates=2), prime_sample_tau=1.5)
-    single = DetectorOutputs(
-        *(Prediction(*(part.detach().float().requires_grad_() for part in prediction)) for prediction in exact[:2]),
-        exact.denoising._replace(
-            decoder=Prediction(*(part.detach().float().requires_grad_() for part in exact.denoising.decoder))
-        ),
-    )
+    single = map_predictions(exact, lambda part: part.detach().float().requires_grad_())
     ours, expected = config(single, targets), config(exact, targets)
     assert ours.total.dtype == torch.float32
     assert ours.total.item() == pytest.approx(expected.total.item(), rel=1e-6)
@@ -119,8 +112,9 @@ def problems(draw):
     )
     if draw(st.booleans()):  # exact duplicates: of queries, and of targets
         with torch.no_grad():
-            for part in (*outputs.decoder, *(outputs.encoder or ())):
-                part[..., 1::2, :] = part[..., : part.shape[-2] // 2 * 2 : 2, :]
+            for name in layers_to_match(outputs):
+                for part in outputs.groups[name].prediction:
+                    part[..., 1::2, :] = part[..., : part.shape[-2] // 2 * 2 : 2, :]
             if len(targets.labels) > 1:
                 targets.labels[1:2], targets.boxes[1:2] = targets.labels[:1], targets.boxes[:1]
     return outputs, targets, Mixed(candidates=candidates)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from losses import IABCE, Criterion
-from matchers import Mixed
-from structures import DetectorOutputs, Prediction, Targets
+from matchers import Mixed, match_groups
+from structures import DetectorOutputs, Prediction, QueryGroup, Targets
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "criterion"
 
@@ -39,13 +39,9 @@ def _run(settings, arrays):
         matcher=Mixed(candidates=tuple(settings["match_num"])),
         prime_sample_tau=settings["tau"],
     )
-    return (
-        leaves,
-        decoder,
-        targets,
-        criterion,
-        criterion(DetectorOutputs(decoder, Prediction(*leaves[6]), None), targets),
-    )
+    encoder = Prediction(*(leaf[None] for leaf in leaves[6]))
+    groups = {"encoder": QueryGroup(encoder), "decoder": QueryGroup(decoder)}
+    return leaves, groups, targets, criterion, criterion(DetectorOutputs(groups), targets)
 
 
 def test_losses_agree(case):
@@ -72,10 +68,9 @@ def test_gradients_agree(case):
 
 def test_matches_agree(case):
     settings, arrays = case
-    leaves, decoder, targets, criterion, _ = _run(settings, arrays)
-    matches = criterion.matcher.match(
-        {"encoder": Prediction(*(leaf[None] for leaf in leaves[6])), "decoder": decoder}, targets
-    )
+    _, groups, targets, criterion, _ = _run(settings, arrays)
+    candidates = criterion.matcher.candidates_by_layer({"encoder": 1, "decoder": 6})
+    matches = match_groups(groups, dict.fromkeys(groups, criterion.matcher), candidates, targets)
     offsets = np.concatenate(([0], np.cumsum(settings["ngt"])))
     for name, layer, i in [("encoder", 0, 6), *(("decoder", layer, (layer + 1) % 6) for layer in range(6))]:
         for b in range(len(settings["ngt"])):

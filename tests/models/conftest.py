@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models import BackboneConfig, DenoisingConfig, DINOConfig
-from structures import Batch, Targets
+from structures import Batch, Images, Targets
 
 
 @pytest.fixture(scope="session")
@@ -43,13 +43,7 @@ def make_batch() -> Callable[..., Batch]:
         boxes = torch.rand(total, 4, generator=generator) * 0.3 + 0.3
         labels = torch.randint(num_classes, (total,), generator=generator)
         size_tensor = torch.tensor(sizes)
-        return Batch(
-            images,
-            size_tensor,
-            Targets(labels, boxes, tuple(counts)),
-            torch.arange(len(sizes)),
-            size_tensor * 2,
-            tuple(range(len(sizes))),
-        )
+        targets = Targets(labels, boxes, tuple(counts), seeds=tuple(range(len(sizes))))
+        return Batch(Images(images, size_tensor), targets, torch.arange(len(sizes)), size_tensor * 2)
 
     return make

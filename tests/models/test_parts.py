@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import postprocess
 from models.parts.attention import DeformableAttention
-from models.parts.encoder import level_valid_sizes, pixel_centres
 from models.parts.heads import PredictionHeads, inverse_sigmoid, refine_boxes
+from models.parts.memory import Memory, level_valid_sizes, pixel_centres
 from models.parts.neck import Neck
 from models.parts.position_encoding import SinePositionEncoding, encode_boxes
+from models.parts.postprocess import best_classes
 from models.parts.query_selection import QuerySelection
-from structures import Prediction
+from structures import DetectorOutputs, Prediction, QueryGroup
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,15 +54,18 @@ def test_pixel_centres():
 
 def test_proposals_skip_padding_and_border():
     selection = QuerySelection(8, PredictionHeads(8, 2), 0.05, suppress_invalid=True)
-    shapes, valid = [(4, 6), (2, 3)], torch.tensor([[[4, 3], [2, 2]]])
-    anchors, may = selection.anchors(shapes, valid)
+    shapes, valid = ((4, 6), (2, 3)), torch.tensor([[[4, 3], [2, 2]]])
+    features = torch.randn(1, 30, 8)
+    memory = Memory(features, torch.zeros_like(features), pixel_centres(shapes, valid), shapes, valid)
+    anchors, may = selection.anchors(memory)
     assert may[0].tolist() == ([True] * 3 + [False] * 3) * 4 + [True, True, False] * 2
     torch.testing.assert_close(anchors.sigmoid()[0, 0], torch.tensor([1 / 6, 1 / 8, 0.05, 0.05]))
     torch.testing.assert_close(anchors.sigmoid()[0, 24], torch.tensor([0.25, 0.25, 0.1, 0.1]))
     assert anchors.isfinite().all()
-    chosen = selection(torch.randn(1, 30, 8), shapes, valid, num_queries=16)
-    assert may[0, chosen.tokens[0]].all()
-    assert (chosen.prediction.logits.amax(-1).diff() <= 0).all()
+    chosen = selection.best(selection.propose(memory).ranking, 16)
+    assert chosen.shape == (1, 16)
+    assert may[0, chosen[0]].all()
+    assert (selection(memory, num_queries=16).logits.amax(-1).diff() <= 0).all()
 
 
 def test_refining_boxes():
@@ -92,11 +96,18 @@ def test_neck_levels():
         Neck([16], 40, 1)
 
 
-def test_postprocess_against_a_loop():
+def test_postprocess_against_a_loop(tiny_config):
     generator = torch.Generator().manual_seed(0)
     logits, boxes = torch.randn(2, 6, 3, generator=generator), torch.rand(2, 6, 4, generator=generator)
     sizes = torch.tensor([[100, 200], [50, 60]])
-    for image, found in enumerate(postprocess(Prediction(logits, boxes), sizes, top_k=5)):
+    layers = Prediction(torch.stack([-logits, logits]), torch.stack([1 - boxes, boxes]))  # the last layer counts
+    outputs = DetectorOutputs({"encoder": QueryGroup(layers.layer(0)), "decoder": QueryGroup(layers)})
+    few, all_pairs = (
+        dataclasses.replace(tiny_config, detections_per_image=top_k).build(3).postprocess(outputs, sizes)
+        for top_k in (5, 300)
+    )
+    for image, found in enumerate(few):
+        assert len(found.scores) == 5
         pairs = [(logits[image, q, c].sigmoid().item(), q, c) for q in range(6) for c in range(3)]
         height, width = sizes[image].tolist()
         for n, (score, q, c) in enumerate(sorted(pairs, reverse=True)[:5]):
@@ -106,4 +117,16 @@ def test_postprocess_against_a_loop():
             assert found.scores[n].item() == pytest.approx(score)
             assert found.labels[n] == c
             torch.testing.assert_close(found.boxes_xyxy[n], torch.tensor(expected))
-    assert len(postprocess(Prediction(logits, boxes), sizes, top_k=300)[0].scores) == 18
+    assert len(all_pairs[0].scores) == 18
+
+
+def test_best_classes_against_a_loop():
+    scores = torch.rand(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    values, labels, queries = best_classes(scores, 4)
+    for image in range(2):
+        rows = sorted(
+            ((max(row), row.index(max(row)), q) for q, row in enumerate(scores[image].tolist())), reverse=True
+        )
+        found = zip(values[image].tolist(), labels[image].tolist(), queries[image].tolist(), strict=True)
+        assert list(found) == rows[:4]
+    assert best_classes(scores, 300)[0].shape == (2, 6)

@@ -9,26 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import postprocess
-from structures import Prediction
+from structures import Images
 from tools import export
 from tools.detector import load_model
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
 
 
-def test_selection_is_that_of_the_post_processing() -> None:
-    generator = torch.Generator().manual_seed(1)
-    prediction = Prediction(
-        torch.randn(2, 11, 5, generator=generator), torch.rand(2, 11, 4, generator=generator) * 0.8 + 0.1
-    )
-    sizes = torch.tensor([[30, 50], [64, 20]])
-    scores, labels, boxes = export.select_best(prediction, sizes, 20)
-    for image, found in enumerate(postprocess(prediction, sizes, 20)):
-        assert torch.equal(scores[image], found.scores)
+def test_detections_are_those_of_the_model_on_normalised_images(tiny_checkpoint: Path) -> None:
+    """What is deployed normalises, pads with zeros, and selects as the post-processing does, in one tensor for all."""
+    model, config, _ = load_model(tiny_checkpoint)
+    images, sizes = export.example(2, 96, 128, seed=1)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (config.data.mean, config.data.std))
+    pixels = torch.zeros_like(images)
+    for image, (height, width) in enumerate(sizes.tolist()):
+        pixels[image, :, :height, :width] = (images[image, :, :height, :width] / 255 - mean) / std
+    with torch.inference_mode():
+        scores, labels, boxes = export.deploy(model, config)(images, sizes)
+        expected = model.postprocess(model(Images(pixels, sizes)), sizes)
+    assert scores.shape == labels.shape == (2, config.model.detections_per_image)
+    for image, found in enumerate(expected):
+        torch.testing.assert_close(scores[image], found.scores, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(boxes[image], found.boxes_xyxy, rtol=1e-4, atol=1e-3)
         assert torch.equal(labels[image], found.labels)
-        torch.testing.assert_close(boxes[image], found.boxes_xyxy)
-    assert export.select_best(prediction, sizes, 300)[0].shape == (2, 55)
 
 
 def test_padding_does_not_matter(tiny_checkpoint: Path) -> None:

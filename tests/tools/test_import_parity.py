@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint
-from structures import Batch, DetectorOutputs, Targets
+from structures import DetectorOutputs, Images
 from tools import import_checkpoint
 from tools.checkpoint_layouts import COCO, convert
 
@@ -64,12 +64,6 @@ def build_from_file(case: str, directory: Path) -> nn.Module:
     return model.eval()
 
 
-def batch(images: Tensor, sizes: Tensor) -> Batch:
-    """Without targets; original images three times as large."""
-    none = Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), (0,) * len(images))
-    return Batch(images, sizes, none, torch.arange(len(images)), 3 * sizes, (0,) * len(images))
-
-
 def assert_close(ours: Tensor, theirs: np.ndarray, what: str) -> None:
     error = float(np.abs(ours.numpy() - theirs).max())
     assert error < TOLERANCE, f"{what}: {error:.2e}"
@@ -81,22 +75,23 @@ def test_outputs_equal_the_published_implementation(case: str, tmp_path: Path) -
     model = build_from_file(case, tmp_path) if case in IN_FILES else build(case)
     # DINO's rows are category ids: ours are the same numbers, without the rows of ids that do not exist.
     ids = [category.id for category in COCO] if expected["decoder_logits"].shape[-1] == 91 else list(range(80))
-    inputs = batch(*published_weights.images())
+    inputs = Images(*published_weights.images())
+    original_sizes = 3 * inputs.sizes
     with torch.inference_mode():
         outputs: DetectorOutputs = model(inputs)
-        detections = model.postprocess(outputs, inputs.original_sizes)  # type: ignore[operator]
-    assert outputs.encoder is not None
-    assert_close(outputs.encoder.logits, expected["encoder_logits"][..., ids], "encoder logits")
-    assert_close(outputs.encoder.boxes, expected["encoder_boxes"], "encoder boxes")
+        detections = model.postprocess(outputs, original_sizes)  # type: ignore[operator]
+    proposals, decoder = (outputs.groups[name].prediction for name in ("encoder", "decoder"))
+    assert_close(proposals.logits[0], expected["encoder_logits"][..., ids], "encoder logits")
+    assert_close(proposals.boxes[0], expected["encoder_boxes"], "encoder boxes")
     for layer in range(len(expected["decoder_logits"])):
         theirs = expected["decoder_logits"][layer][..., ids]
-        assert_close(outputs.decoder.logits[layer], theirs, f"logits of layer {layer}")
-        assert_close(outputs.decoder.boxes[layer], expected["decoder_boxes"][layer], f"boxes of layer {layer}")
+        assert_close(decoder.logits[layer], theirs, f"logits of layer {layer}")
+        assert_close(decoder.boxes[layer], expected["decoder_boxes"][layer], f"boxes of layer {layer}")
     count = expected["scores"].shape[1]
     for image, found in enumerate(detections):
         assert_close(found.scores[:count], expected["scores"][image], "scores of detections")
         assert [ids[label] for label in found.labels[:count]] == expected["labels"][image].tolist()
-        relative = 1 / inputs.original_sizes[image].flip(0).repeat(2)
+        relative = 1 / original_sizes[image].flip(0).repeat(2)
         assert_close(
             found.boxes_xyxy[:count] * relative, expected["boxes"][image] * relative.numpy(), "boxes of detections"
         )
@@ -110,24 +105,24 @@ def test_detrex_on_one_image_as_it_evaluates(case: str) -> None:
     images, sizes = published_weights.images()
     height, width = sizes[0].tolist()
     with torch.inference_mode():
-        outputs: DetectorOutputs = model(batch(images[:1, :, :height, :width], sizes[:1]))
-    assert_close(outputs.decoder.logits[-1], expected["alone_logits"], "logits")
-    assert_close(outputs.decoder.boxes[-1], expected["alone_boxes"], "boxes")
+        outputs: DetectorOutputs = model(Images(images[:1, :, :height, :width], sizes[:1]))
+    assert_close(outputs.result.logits, expected["alone_logits"], "logits")
+    assert_close(outputs.result.boxes, expected["alone_boxes"], "boxes")
 
 
 @pytest.mark.parametrize(
     ("case", "override"),
     [
-        ("mmdetection_r50", "model.prediction_eps=1e-3"),
-        ("mmdetection_r50", "model.suppress_invalid_proposals=true"),
+        ("mmdetection_r50", "model.published.prediction_eps=1e-3"),
+        ("mmdetection_r50", "model.published.suppress_invalid_proposals=true"),
         ("detrex_r50", "model.position_encoding.offset=0"),
         ("detrex_r50", "model.position_encoding.temperature=20"),
-        ("detrex_r50", "model.padded_query_positions=false"),
+        ("detrex_r50", "model.published.padded_query_positions=false"),
     ],
 )
 def test_each_key_that_tells_implementations_apart_matters(case: str, override: str) -> None:
     expected = np.load(published_weights.FIXTURES / f"{case}.npz")
     model = build(case, [override])
     with torch.inference_mode():
-        outputs = model(batch(*published_weights.images()))
-    assert np.abs(outputs.decoder.boxes.numpy() - expected["decoder_boxes"]).max() > 10 * TOLERANCE
+        outputs: DetectorOutputs = model(Images(*published_weights.images()))
+    assert np.abs(outputs.groups["decoder"].prediction.boxes.numpy() - expected["decoder_boxes"]).max() > 10 * TOLERANCE

@@ -84,7 +84,7 @@ def test_fine_tuning_remakes_the_class_rows_alone(imported: Path) -> None:
     config = import_checkpoint.configuration.from_dict(saved["config"])
     model = config.model.build(2, load_backbone=False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    transfer = initialise_from(model, imported, [[1, "platelet"], [2, "dog"]])
+    transfer = initialise_from(model, imported, [[1, "platelet"], [2, "dog"]], by_class=model.class_parts)
     by_class = {
         "heads.0.class_head.weight",
         "heads.0.class_head.bias",

@@ -83,7 +83,7 @@ def test_the_same_as_in_evaluation(detector: Detector, tmp_path: Path) -> None:
     assert sample is not None
     batch = make_batch([sample], data.mean, data.std)
     with torch.inference_mode():
-        expected = detector.model.postprocess(detector.model(batch), batch.original_sizes)[0]
+        expected = detector.model.postprocess(detector.model(batch.images), batch.original_sizes)[0]
     assert_same(detector([tmp_path / "a.png"])[0], expected)
 
 
