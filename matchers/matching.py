@@ -63,7 +63,7 @@ class LayerwiseMatcher(ABC):
         count = np.asarray(counts, dtype=np.int64)[image]  # [P] targets
         k = np.minimum(np.asarray(candidates, dtype=np.int64)[layer], num_queries // np.maximum(count, 1))
         k = np.maximum(k, 1)  # [P] queries of each target
-        query = assign(cost.reshape(-1, max_targets, num_queries), count, k)  # [Σ count·k], −1: left out
+        query = assign(cost.reshape(len(layer), max_targets, num_queries), count, k)  # [Σ count·k], −1: left out
         target = np.concatenate([np.repeat(np.arange(c), n) for c, n in zip(count, k, strict=True)])
         table = np.stack([np.repeat(layer, count * k), np.repeat(image, count * k), query, target])
         return table[:, query >= 0]
