@@ -144,7 +144,7 @@ def _decode_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> Config:
     origins: dict[tuple[str, ...], str] = {}
     merged: dict[str, Any] = {}
     for source, given in layers:
-        values = modernise(given)
+        values = modernise(given, merged)
         _record_origins(values, (), source, origins)
         merged = merge(Config, None, merged, values)
     try:

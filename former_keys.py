@@ -11,22 +11,47 @@ MOVED: dict[Path, Path] = {
     ("model", key): ("model", "published", key)
     for key in ("padded_query_positions", "suppress_invalid_proposals", "prediction_eps")
 }
-_COST = ("criterion", "matcher", "cost")
-_MODULATION = (*_COST, "position_modulation")
+_MATCHER = ("criterion", "matcher")
+_MODULATION = (*_MATCHER, "cost", "position_modulation")
 
 
-def modernise(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same configuration in today's keys; values that need no change, wrong ones included, stay as they are."""
+def modernise(values: Mapping[str, Any], below: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The same configuration in today's keys; values that need no change, wrong ones included, stay as they are.
+
+    Args:
+        values: a file, an override or what a checkpoint holds.
+        below: in today's keys, what the values are laid over; None for nothing.
+    """
     result = _copy(values)
     for old, new in MOVED.items():
         if _holds(result, old):
             _put(result, new, _take(result, old))
     if _holds(result, _MODULATION):
-        beta = _take(result, _MODULATION)
-        if beta != 0:  # 0 switched it off
-            _put(result, (*_COST, "name"), "position_modulated")
-            _put(result, (*_COST, "beta"), beta)
+        _pick_cost(result["criterion"]["matcher"], _take(result, _MODULATION), _at(below, _MATCHER))
     return result
+
+
+def _pick_cost(matcher: dict[str, Any], modulation: Any, below: Any) -> None:
+    """Name the cost that the number picked formerly; a name resets its siblings, which the number did not."""
+    before = _at(below, ("cost",))
+    same = matcher.get("name", _name(below)) == _name(below)
+    kept = dict(before) if same and isinstance(before, Mapping) else {}
+    name, _ = kept.pop("name", None), kept.pop("beta", None)
+    if modulation != 0:
+        matcher["cost"] = {**kept, **matcher["cost"], "name": "position_modulated", "beta": modulation}
+    elif name == "position_modulated":  # 0 switched it off
+        matcher["cost"] = {**kept, **matcher["cost"], "name": "focal"}
+
+
+def _name(matcher: Any) -> Any:
+    return matcher if isinstance(matcher, str) else (_at(matcher, ("name",)) or "hungarian")
+
+
+def _at(values: Any, path: Path) -> Any:
+    """What stands there; None for nothing."""
+    for key in path:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
 
 
 def _copy(values: Any) -> Any:
