@@ -4,7 +4,7 @@ from losses.align import Align
 from losses.binary import ClassificationLoss
 from losses.boxes import box_losses
 from losses.classification import Classification
-from losses.criterion import Criterion, LossWeights
+from losses.criterion import Criterion, GroupSupervision, LossWeights
 from losses.cross_entropy import CrossEntropy
 from losses.focal import Focal
 from losses.ia_bce import IABCE
@@ -22,6 +22,7 @@ __all__ = [
     "Criterion",
     "CrossEntropy",
     "Focal",
+    "GroupSupervision",
     "LossWeights",
     "MatchabilityAware",
     "PositionSupervised",
