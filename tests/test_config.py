@@ -13,6 +13,8 @@ import yaml
 
 import config
 from config import Config, ConfigError
+from losses import GroupSupervision
+from matchers import FocalCost, Hungarian, Mixed
 
 ROOT = Path(__file__).parents[1]
 # Sweep files have a form of their own, which the tests of the sweep tool hold.
@@ -89,6 +91,40 @@ def test_numbers_in_every_notation(tmp_path):
         ("", ["seed=[1"], "not valid YAML"),
         ("- a", [], "not valid YAML|expected a mapping"),
         ("criterion: {matcher: {name: mixed, candidates: [2, 1]}}", [], "lists 2 numbers, but 7 layers are supervised"),
+        (
+            "criterion: {groups: {one_to_many: {weight: 2}}}",
+            [],
+            r"run\.yaml: criterion\.groups: the detector has no group 'one_to_many', but encoder, decoder, denoising$",
+        ),
+        (
+            "criterion: {groups: {denoising: {weight: 2}}}\nmodel: {denoising: null}",
+            [],
+            r"criterion\.groups: the detector has no group 'denoising', but encoder, decoder$",
+        ),
+        (
+            "criterion: {groups: {denoising: {matcher: hungarian}}}",
+            [],
+            r"criterion\.groups\.denoising\.matcher: the matches of this group are known beforehand$",
+        ),
+        ("", ["criterion.groups={encoder: {weight: -1}}"], "a weight must not be negative, found -1"),
+        ("", ["criterion.groups.encoder.wait=1"], r"criterion\.groups\.encoder\.wait: unknown key"),
+        (
+            "",
+            ["criterion.groups.encoder.matcher=mixd"],
+            r"encoder\.matcher.*: unknown name 'mixd', did you mean 'mixed'",
+        ),
+        (
+            "criterion: {matcher: {name: mixed, candidates: [1, 1, 1, 1, 1, 1, 1]}}",
+            ["criterion.groups.encoder.matcher=hungarian"],
+            "lists 7 numbers, but 6 layers are supervised by it: 6 of decoder",
+        ),
+        ("criterion: {classification: cross_entropy}", [], 'has no logit for "no object"'),
+        (
+            "criterion: {matcher: {cost: softmax}}",
+            [],
+            "the matching cost softmax is not for the scores of the detector",
+        ),
+        ("criterion: {groups: {decoder: {matcher: {name: mixed, cost: softmax}}}}", [], "matching cost softmax is not"),
         ("op_backend: gpu", [], "op_backend: expected one of auto, reference, cpu, cuda, found 'gpu'"),
         ("base: nowhere.yaml", [], r"nowhere\.yaml: cannot read the configuration"),
         ("base: run.yaml", [], "circle"),
@@ -104,6 +140,44 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"seed: \xff\xfe")
     with pytest.raises(config.ConfigError, match=r"run\.yaml: not a text file"):
         config.load(tmp_path / "run.yaml")
+
+
+GROUPS = """
+criterion:
+  groups:
+    encoder: {weight: 0}
+    decoder: {matcher: {name: mixed, candidates: 3, cost: {bbox: 1.0}}}
+    denoising: {weight: 2}
+"""
+
+
+def test_supervision_of_single_groups(tmp_path):
+    path = write(tmp_path, GROUPS)
+    groups = config.load(path).criterion.groups
+    assert groups == {
+        "encoder": GroupSupervision(weight=0.0),
+        "decoder": GroupSupervision(matcher=Mixed(candidates=3, cost=FocalCost(bbox=1.0))),
+        "denoising": GroupSupervision(weight=2.0),
+    }
+    again = write(tmp_path, config.dump(config.load(path)), "again.yaml", data=False)
+    assert config.load(again) == config.load(path)
+    changed = config.load(path, ["criterion.groups.denoising.weight=0.5", "criterion.groups.encoder.matcher=mixed"])
+    assert changed.criterion.groups == {
+        **groups,
+        "encoder": GroupSupervision(weight=0.0, matcher=Mixed()),
+        "denoising": GroupSupervision(weight=0.5),
+    }
+    h_detr = ["model=h_detr", "criterion.groups={one_to_many: {matcher: {name: mixed, candidates: 6}, weight: 2}}"]
+    own = config.load(write(tmp_path, ""), h_detr).criterion.groups
+    assert own == {"one_to_many": GroupSupervision(matcher=Mixed(candidates=6), weight=2.0)}
+
+
+def test_a_changed_name_resets_its_siblings_below_a_group_too(tmp_path):
+    path = write(tmp_path, GROUPS)
+    kept = config.load(path, ["criterion.groups.decoder.matcher.candidates=4"]).criterion.groups["decoder"].matcher
+    assert kept == Mixed(candidates=4, cost=FocalCost(bbox=1.0))
+    for override in ("criterion.groups.decoder.matcher.name=hungarian", "criterion.groups.decoder.matcher=hungarian"):
+        assert config.load(path, [override]).criterion.groups["decoder"].matcher == Hungarian()
 
 
 def test_missing_data_says_what_is_required(tmp_path):

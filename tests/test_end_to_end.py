@@ -116,6 +116,8 @@ def test_evaluation_does_not_depend_on_its_batch_size(shapes):
 
 
 def leaves(value: Any, path: str = "criterion") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [leaf for key, part in value.items() for leaf in leaves(part, f"{path}.{key}")]
     if dataclasses.is_dataclass(value):
         return [
             leaf
@@ -148,8 +150,17 @@ def random_outputs(targets: Targets, seed: int) -> DetectorOutputs:
     return DetectorOutputs({"encoder": QueryGroup(encoder), "decoder": QueryGroup(decoder)})
 
 
-def test_an_override_of_every_criterion_key_changes_the_loss(shapes):
-    base = settings(shapes)
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        ALIGN,
+        {**ALIGN, "matcher": {"name": "mixed", "cost": "position_modulated"}},
+        {**ALIGN, "groups": {"encoder": {"matcher": {"name": "mixed", "candidates": 3}, "weight": 0.5}}},
+    ],
+    ids=["align", "position_modulated", "groups"],
+)
+def test_an_override_of_every_criterion_key_changes_the_loss(shapes, criterion):
+    base = settings(shapes, criterion=criterion)
     targets = first_batch(base).targets
     values = config.to_dict(base)
     keys = leaves(base.criterion)

@@ -81,7 +81,7 @@ def test_recording_ends_with_its_block(attention):
 @pytest.mark.parametrize("config", typing.get_args(AnyDetector), ids=lambda config: config.__name__)
 def test_every_detector_says_where_its_queries_look(config):
     torch.manual_seed(0)
-    sizes = {"embed_dim": 16, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 2, "ffn_dim": 8, "num_queries": 5}
+    sizes = {"embed_dim": 32, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 2, "ffn_dim": 8, "num_queries": 5}
     backbone = dataclasses.replace(
         config().backbone, model="resnet10t", pretrained=False, norm="batch", frozen_stages=0
     )

@@ -99,7 +99,8 @@ def test_permuting_targets(config):
 def test_permuting_queries(config):
     outputs, targets = make_outputs(4, (4, 3))
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    shuffled = map_predictions(outputs, lambda part: part[:, :, order])
+    found = DetectorOutputs({name: outputs.groups[name] for name in ("encoder", "decoder")})
+    shuffled = map_predictions(found, lambda part: part[:, :, order])
     shuffled = DetectorOutputs({**shuffled.groups, "denoising": outputs.groups["denoising"]})
     assert_same(config(shuffled, targets), config(outputs, targets))
 
