@@ -39,11 +39,12 @@ def merge(kind: Any, default: Any, base: Any, new: Any) -> Any:
         if chosen != implied:
             default = None
         kind = variants.get(chosen) if isinstance(chosen, str) else None
+    entries = next((typing.get_args(option)[1] for option in _options(kind) if typing.get_origin(option) is dict), None)
     kind = next((option for option in _options(kind) if dataclasses.is_dataclass(option)), None)
     fields, defaults = (_field_types(kind), _defaults(kind, default)) if kind is not None else ({}, {})
     result = dict(base) if isinstance(base, Mapping) else {}
     for key, value in new.items():
-        result[key] = merge(fields.get(key), defaults.get(key), result.get(key), value)
+        result[key] = merge(fields.get(key, entries), defaults.get(key), result.get(key), value)
     return result
 
 
