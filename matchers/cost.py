@@ -30,6 +30,7 @@ class FocalCost:
     """
 
     name: Literal["focal"] = "focal"
+    """Picks this cost."""
     classification: float = 2.0
     """Weight of the classification term."""
     bbox: float = 5.0
@@ -80,6 +81,7 @@ class PositionModulatedCost(FocalCost):
     """
 
     name: Literal["position_modulated"] = "position_modulated"  # type: ignore[assignment]
+    """Picks this cost."""
     beta: float = 0.5
     """Exponent of the position in the score, at least 0."""
 
@@ -107,6 +109,7 @@ class SoftmaxCost:
     """``−class·p + bbox·L1 − giou·GIoU``, p the softmax of the target's class (DETR, arXiv 2005.12872, section 3.1)."""
 
     name: Literal["softmax"] = "softmax"
+    """Picks this cost."""
     classification: float = 1.0
     """Weight of the classification term."""
     bbox: float = 5.0
