@@ -94,7 +94,7 @@ def test_numbers_in_every_notation(tmp_path):
         (
             "criterion: {groups: {one_to_many: {weight: 2}}}",
             [],
-            r"run\.yaml: criterion\.groups: the detector has no group 'one_to_many', but encoder, decoder, denoising$",
+            r"^criterion\.groups: the detector has no group 'one_to_many', but encoder, decoder, denoising$",
         ),
         (
             "criterion: {groups: {denoising: {weight: 2}}}\nmodel: {denoising: null}",
