@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.parts.denoising import DenoisingConfig, DenoisingGenerator, attention_mask
-from structures import Targets
+from structures import Prediction, Targets
 
 
 def targets(counts, num_classes=7, seeds=()):
@@ -112,3 +112,51 @@ def test_attention_mask():
 def test_settings_that_make_no_sense(options):
     with pytest.raises(ValueError, match=r"denoising|noise"):
         DenoisingConfig(**options)
+
+
+def test_without_seeds_noise_is_drawn_from_the_generator_of_torch():
+    """For callers that seed torch, or nothing: every image in its own way, layout and matches as with seeds."""
+
+    def draw(seed):
+        torch.manual_seed(0)
+        generator = DenoisingGenerator(DenoisingConfig(queries=6), num_classes=7, embed_dim=8)
+        one = targets((2,))
+        twice = one._replace(labels=one.labels.repeat(2), boxes=one.boxes.repeat(2, 1), counts=(2, 2))
+        assert twice.seeds == ()
+        torch.manual_seed(seed)
+        return generator(twice, num_layers=3)
+
+    first, again, other = draw(1), draw(1), draw(2)
+    assert torch.equal(first.boxes, again.boxes)
+    assert torch.equal(first.content, again.content)
+    assert not torch.equal(first.boxes, other.boxes)
+    assert not torch.equal(first.boxes[0], first.boxes[1]), "equal images get noise of their own"
+    seeded = generate((2, 2), queries=6)
+    assert first.boxes.shape == seeded.boxes.shape
+    assert torch.equal(first.groups, seeded.groups)
+    for mine, expected in zip(first.matches, seeded.matches, strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_evaluation_uses_up_no_random_numbers(tiny_config, make_batch):
+    model = tiny_config.build(5).eval()
+    batch = make_batch()
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        model(batch.images, batch.targets._replace(seeds=()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_queries_come_before_those_that_are_matched_and_are_split_off_again():
+    queries = generate((3, 0, 20), queries=10)
+    content, boxes = torch.randn(3, 4, 8), torch.rand(3, 4, 4)
+    all_content, all_boxes = queries.before(content, boxes)
+    assert torch.equal(all_content, torch.cat([queries.content, content], dim=1))
+    assert torch.equal(all_boxes, torch.cat([queries.boxes, boxes], dim=1))
+    prediction = Prediction(all_content.expand(3, -1, -1, -1), all_boxes.expand(3, -1, -1, -1))
+    group, matched = queries.split(prediction)
+    assert torch.equal(matched.boxes, boxes.expand(3, -1, -1, -1))
+    assert torch.equal(group.prediction.boxes, queries.boxes.expand(3, -1, -1, -1))
+    assert group.matches is queries.matches
+    torch.testing.assert_close(group.image_scale, torch.tensor([1 / 3, 1, 1]))
+    assert group.valid.sum(1).tolist() == [18, 0, 40]
