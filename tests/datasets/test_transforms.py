@@ -59,7 +59,7 @@ def run(transform, seed=0, **size):
 
 
 def test_every_transform_of_the_index_is_tested_here():
-    names = {typing.get_type_hints(kind)["name"].__args__[0] for kind in transforms.Transform.__args__}
+    names = {typing.get_args(typing.get_type_hints(kind)["name"])[0] for kind in typing.get_args(transforms.Transform)}
     assert names == set(EVERY)
     assert all(EVERY[name].name == name for name in names)
 
