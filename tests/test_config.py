@@ -122,7 +122,7 @@ def test_numbers_in_every_notation(tmp_path):
         (
             "criterion: {matcher: {cost: softmax}}",
             [],
-            "the matching cost softmax is not for the scores of the detector",
+            "criterion: the matching cost softmax is not for its scores",
         ),
         ("criterion: {groups: {decoder: {matcher: {name: mixed, cost: softmax}}}}", [], "matching cost softmax is not"),
         ("op_backend: gpu", [], "op_backend: expected one of auto, reference, cpu, cuda, found 'gpu'"),
