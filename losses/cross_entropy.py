@@ -19,7 +19,6 @@ class CrossEntropy(ClassificationLoss):
     """
 
     name: Literal["cross_entropy"] = "cross_entropy"
-    """Picks this loss."""
     no_object_weight: float = 0.1
     """Weight w of the queries without a target, at least 0."""
 

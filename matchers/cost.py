@@ -30,7 +30,6 @@ class FocalCost:
     """
 
     name: Literal["focal"] = "focal"
-    """Picks this cost."""
     classification: float = 2.0
     """Weight of the classification term."""
     bbox: float = 5.0
@@ -81,7 +80,6 @@ class PositionModulatedCost(FocalCost):
     """
 
     name: Literal["position_modulated"] = "position_modulated"  # type: ignore[assignment]
-    """Picks this cost."""
     beta: float = 0.5
     """Exponent of the position in the score, at least 0."""
 
@@ -109,7 +107,6 @@ class SoftmaxCost:
     """``−class·p + bbox·L1 − giou·GIoU``, p the softmax of the target's class (DETR, arXiv 2005.12872, section 3.1)."""
 
     name: Literal["softmax"] = "softmax"
-    """Picks this cost."""
     classification: float = 1.0
     """Weight of the classification term."""
     bbox: float = 5.0

@@ -15,7 +15,6 @@ class Hungarian(LayerwiseMatcher):
     """The assignment of one query to each target that costs least in total."""
 
     name: Literal["hungarian"] = "hungarian"
-    """Picks this matcher."""
     cost: Cost = field(default_factory=FocalCost)
     """What matching a query with a target costs."""
 

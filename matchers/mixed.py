@@ -19,7 +19,6 @@ class Mixed(LayerwiseMatcher):
     """
 
     name: Literal["mixed"] = "mixed"
-    """Picks this matcher."""
     candidates: int | tuple[int, ...] = 2
     """Queries k for each target: one number for every supervised layer but the decoder's last, which has 1; or a number
     for each supervised layer, the encoder output first (if it is supervised), then the decoder layers."""

@@ -21,7 +21,6 @@ class ConditionalDETRConfig(SingleScaleConfig):
     """Conditional DETR; the defaults are the published model."""
 
     name: Literal["conditional_detr"] = "conditional_detr"
-    """Picks this detector."""
     position_encoding: SinePositionEncoding = field(default_factory=lambda: SinePositionEncoding(temperature=10000.0))
     """Encoding of pixels in the encoder."""
     detections_per_image: int = 100

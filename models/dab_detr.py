@@ -32,7 +32,6 @@ class DABDETRConfig(SingleScaleConfig):
     """DAB-DETR; the defaults are the published model."""
 
     name: Literal["dab_detr"] = "dab_detr"
-    """Picks this detector."""
     dropout: float = 0.0
     """Dropout in both stacks."""
 

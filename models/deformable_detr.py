@@ -26,7 +26,6 @@ class DeformableDETRConfig(MultiScaleConfig):
     """Deformable DETR; the defaults are the published model without the two options."""
 
     name: Literal["deformable_detr"] = "deformable_detr"
-    """Picks this detector."""
     ffn_dim: int = 1024
     """Hidden width of the feed-forward blocks."""
     dropout: float = 0.1

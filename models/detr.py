@@ -22,7 +22,6 @@ class DETRConfig(SingleScaleConfig):
     """DETR; the defaults are the published model. DC5 is ``backbone: {strides: [16], dilation: true}``."""
 
     name: Literal["detr"] = "detr"
-    """Picks this detector."""
     num_queries: int = 100
     """Queries of the decoder."""
     position_encoding: SinePositionEncoding = field(default_factory=lambda: SinePositionEncoding(temperature=10000.0))

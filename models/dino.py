@@ -19,7 +19,6 @@ class DINOConfig(MultiScaleConfig):
     """DINO; the defaults are the published 4-scale model."""
 
     name: Literal["dino"] = "dino"
-    """Picks this detector."""
     shared_heads: bool = True
     """One class and box head for all decoder layers, or one for each; the encoder always has its own."""
     look_forward_twice: bool = True

@@ -44,7 +44,6 @@ class DNDETRConfig(DABDETRConfig):
     """DN-DETR; the defaults are the published model."""
 
     name: Literal["dn_detr"] = "dn_detr"  # type: ignore[assignment]
-    """Picks this detector."""
     denoising: RestorationConfig = field(default_factory=RestorationConfig)
     """Restoration of noised targets in training."""
 

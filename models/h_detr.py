@@ -20,7 +20,6 @@ class HDETRConfig(DeformableDETRConfig):
     """
 
     name: Literal["h_detr"] = "h_detr"  # type: ignore[assignment]
-    """Picks this detector."""
     ffn_dim: int = 2048
     """Hidden width of the feed-forward blocks."""
     dropout: float = 0.0
