@@ -1,0 +1,218 @@
+"""A page on which every detection can be pointed at: python -m tools.explore RUN_OR_CHECKPOINT [SECOND …] --out explore
+
+``explore/index.html`` opens in a browser from disk, without server or network. It shows the detections in the plane of
+score and IoU with their pictures, errors by kind, curves, confusion matrix and classes, and of two detectors what
+changed between them (docs/explore.md). A run directory stands for the detections that its last evaluation left behind;
+a checkpoint is run over its validation set, and then shows the best-regressed queries too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+import config
+from analysis.best_regressed import BestRegressed
+from analysis.detections_file import ImageInfo, annotated_images, detections_by_image, read_rows
+from analysis.exploration import (
+    EDGE,
+    SCALE,
+    best_regressed_columns,
+    detection_columns,
+    encoded,
+    object_columns,
+    precision_summary,
+)
+from analysis.matching import ImageDetections
+from datasets import Category, CocoDataset
+from datasets.images import UnreadableImageError
+from engine import checkpoint, distributed
+from engine.coco_metrics import read_ground_truth
+from engine.run_directory import DETECTIONS
+from tools.analyze import PROGRESS_SECONDS, check_labels, check_same_task, load_subject, observe_subject
+
+PAGE = Path(__file__).parent / "explorer"
+"""The page itself: what is copied beside the data."""
+QUALITY = 80
+"""Of the pictures, as JPEG."""
+
+
+class Opened(NamedTuple):
+    """A run or checkpoint with its validation set."""
+
+    checkpoint: Path
+    saved: Path | None
+    """Detections of the run's last evaluation."""
+    annotations: str
+    """File that the data set is from."""
+    dataset: CocoDataset
+
+
+class Explored(NamedTuple):
+    """The detections of a run or checkpoint."""
+
+    label: str
+    source: str
+    """Where they are from, for people."""
+    detections: list[ImageDetections]
+    """Of each annotated image."""
+    best: list[BestRegressed] | None
+    """Of each annotated image; None where only detections were saved."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.explore",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_CHECKPOINT", help="to explore; two to compare")
+    parser.add_argument("--labels", nargs="+", help="names of the detectors (default: their run directories)")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write: new, or an earlier page")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="laid over the configurations")
+    parser.add_argument("--side", type=int, default=512, help="longer side of the pictures in pixels (%(default)s)")
+    return parser
+
+
+def opened(path: Path, overrides: Sequence[str]) -> Opened:
+    """Read a run or checkpoint, and the annotations it is evaluated on.
+
+    Raises:
+        ValueError: there is no usable checkpoint, or its data cannot be used.
+    """
+    loaded = checkpoint.find_latest(path)[0] if path.is_dir() else checkpoint.load(path)
+    if loaded is None:
+        raise ValueError(f"{path}: this directory holds no checkpoint: give that of a run, or a checkpoint file")
+    cfg = config.from_dict(loaded.state["config"], overrides, str(loaded.path))
+    dataset = cfg.data.val.build(split="val", categories=tuple(Category(*c) for c in loaded.state["categories"]))
+    saved = path / DETECTIONS
+    return Opened(loaded.path, saved if saved.is_file() else None, cfg.data.val.annotations, dataset)
+
+
+def explored(found: Opened, label: str, overrides: Sequence[str], images: Sequence[ImageInfo]) -> Explored:
+    """The detections that a run has saved, or that a checkpoint makes on ``images``, all that are annotated."""
+    if found.saved is not None:
+        category_ids = [category.id for category in found.dataset.categories]
+        detections = detections_by_image(read_rows(found.saved), [image.image_id for image in images], category_ids)
+        return Explored(label, str(found.saved), detections, None)
+    print(f"{label}: running {found.checkpoint} over its validation set", flush=True)
+    observations = observe_subject(load_subject(found.checkpoint, label, overrides), images).observations
+    return Explored(label, str(found.checkpoint), [o.detections for o in observations], [o.best for o in observations])
+
+
+def write_pictures(out: Path, dataset: CocoDataset, indices: Sequence[int], side: int) -> list[bool]:
+    """Write each image as a small JPEG named by its place; say of each whether it could be read.
+
+    Args:
+        out: directory.
+        dataset: of the images.
+        indices: of the images in it, in the order of the page.
+        side: the longer side in pixels at most.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    readable, reported = [], time.monotonic()
+    for place, index in enumerate(indices):
+        try:
+            pixels = dataset.load(index)[0]
+        except UnreadableImageError as error:
+            print(f"{error}", file=sys.stderr)
+            readable.append(False)
+            continue
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        picture.thumbnail((side, side))
+        picture.save(out / f"{place:06d}.jpg", quality=QUALITY)
+        readable.append(True)
+        if time.monotonic() - reported > PROGRESS_SECONDS:
+            reported = time.monotonic()
+            print(f"{place + 1} of {len(indices)} pictures", flush=True)
+    return readable
+
+
+def write_page(
+    out: Path,
+    title: str,
+    classes: Sequence[str],
+    images: Sequence[ImageInfo],
+    pictures: Sequence[dict[str, Any]],
+    detectors: Sequence[Explored],
+) -> None:
+    """Write the page and its data; the pictures are beside it already.
+
+    Args:
+        out: directory.
+        title: of the data set.
+        classes: names by label.
+        images: that are annotated.
+        pictures: ``name``, ``size`` (height, width) and ``readable`` of each image.
+        detectors: one or more.
+    """
+    data = out / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    sizes = [picture["size"] for picture in pictures]
+    objects = [image.objects for image in images]
+    about = []
+    for place, detector in enumerate(detectors):
+        _write_data(data, f"detections{place}", encoded(detection_columns(objects, detector.detections, sizes)))
+        if detector.best is not None:
+            _write_data(data, f"best{place}", encoded(best_regressed_columns(detector.best, sizes)))
+        summary = precision_summary(objects, detector.detections, len(classes))
+        has_best = detector.best is not None
+        about.append({"label": detector.label, "source": detector.source, "best": has_best, "classes": summary})
+    _write_data(data, "objects", encoded(object_columns(objects, sizes)))
+    content = {"title": title, "scale": SCALE, "edge": EDGE, "classes": list(classes), "detectors": about}
+    _write_data(data, "about", {**content, "images": list(pictures)})
+    shutil.copytree(PAGE, out, dirs_exist_ok=True)
+
+
+def _write_data(directory: Path, name: str, content: Any) -> None:
+    """A script that hands the data to the page: browsers read no other files from disk."""
+    text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    (directory / f"{name}.js").write_text(f"Explorer.receive({json.dumps(name)}, {text});\n", encoding="utf-8")
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Write everything and return the page; raises ValueError or OSError for what a user can mend."""
+    if args.side < 64:
+        raise ValueError(f"--side must be at least 64 pixels, got {args.side}")
+    labels = check_labels(args.labels, [path / DETECTIONS if path.is_dir() else path for path in args.paths])
+    if args.out.exists() and any(args.out.iterdir()) and not (args.out / "data" / "about.js").is_file():
+        raise ValueError(f"{args.out} holds something else than such a page: choose another --out")
+    found = [opened(path, args.set) for path in args.paths]
+    check_same_task([one.dataset for one in found], args.paths)
+    dataset, annotations = found[0].dataset, found[0].annotations
+    names = [category.name for category in dataset.categories]
+    images = annotated_images(read_ground_truth(annotations), [category.id for category in dataset.categories])
+    detectors = [explored(one, label, args.set, images) for one, label in zip(found, labels, strict=True)]
+    place_of = {image_id: i for i, image_id in enumerate(dataset.ids)}
+    indices = [place_of[image.image_id] for image in images]
+    readable = write_pictures(args.out / "pictures", dataset, indices, args.side)
+    pictures = [
+        {"name": dataset.annotations.file_name(i), "size": dataset.stated_size(i), "readable": r}
+        for i, r in zip(indices, readable, strict=True)
+    ]
+    write_page(args.out, Path(annotations).stem, names, images, pictures, detectors)
+    return args.out / "index.html"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    try:
+        page = run(_parser().parse_args(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {distributed.describe_error(error)}", file=sys.stderr)
+        return 2
+    print(f"wrote {page}: open it in a browser")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+'use strict';
+
+/** Load the data, put the parts together, listen to the keyboard. */
+(() => {
+  const {STEPS, plural} = Explorer;
+  const TABS = ['plane', 'curves', 'confusion', 'classes', 'changes'];
+  const find = id => document.getElementById(id);
+
+  function showTab(view, tab) {
+    view.set({tab});
+  }
+
+  function updateTabs(view) {
+    const {tab} = view.settings;
+    for (const name of TABS) {
+      const button = find(`tab-${name}`);
+      button.setAttribute('aria-selected', name === tab);
+      button.tabIndex = name === tab ? 0 : -1;
+      button.hidden = name === 'changes' && view.shown.length < 2;
+      find(`panel-${name}`).hidden = name !== tab;
+    }
+  }
+
+  function listenToTabs(view) {
+    for (const name of TABS) {
+      const button = find(`tab-${name}`);
+      button.addEventListener('click', () => showTab(view, name));
+      button.addEventListener('keydown', event => {
+        const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+        if (!step) return;
+        const visible = TABS.filter(other => !find(`tab-${other}`).hidden);
+        const next = visible[(visible.indexOf(name) + step + visible.length) % visible.length];
+        showTab(view, next);
+        find(`tab-${next}`).focus();
+      });
+    }
+  }
+
+  /** What each key does; letters are those of the help. */
+  function keys(view, controls, detail) {
+    const both = by => view.set({steps: view.settings.steps.map((step, i) => (view.settings.sides.includes(i) ? Math.min(STEPS, Math.max(0, step + by)) : step))});
+    const tabs = Object.fromEntries(TABS.map((name, i) => [String(i + 1), () => !find(`tab-${name}`).hidden && showTab(view, name)]));
+    return {
+      ...tabs,
+      '[': () => both(-2),
+      ']': () => both(2),
+      '0': () => controls.reset(),
+      '/': () => find('search').focus(),
+      '?': () => find('help').showModal(),
+      z: () => view.set({zoom: !view.settings.zoom}),
+      o: () => view.set({objects: !view.settings.objects}),
+      b: () => view.set({population: view.settings.population === 'best' ? 'detections' : 'best'}),
+      x: () => view.shown.length > 1 && view.set({sides: [...view.settings.sides].reverse()}),
+      j: () => detail.open(0),
+      Escape: () => view.set({selection: null}),
+    };
+  }
+
+  function listenToKeys(actions) {
+    document.addEventListener('keydown', event => {
+      if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector('dialog[open]')) {
+        const thresholds = ['[', ']', 'z', 'o'].includes(event.key);
+        if (!thresholds || event.ctrlKey || event.metaKey || event.altKey) return;
+      }
+      const typing = event.target.matches('input[type=text], input[type=search], input[type=number], select');
+      if (typing && event.key === 'Escape') event.target.blur();
+      const action = actions[event.key];
+      if (typing || !action) return;
+      action();
+      event.preventDefault();
+    });
+  }
+
+  function describeData(data) {
+    find('title').textContent = data.title;
+    document.title = `${data.title}: explore detections`;
+    find('about').textContent = [plural(data.images.length, 'picture'), plural(data.asked, 'object'), plural(data.classes.length, 'class').replace('classs', 'classes')].join(' · ');
+  }
+
+  async function loadDetector(about, index, data) {
+    const detector = new Explorer.Detector(about, await Explorer.loadColumns(`detections${index}`), data);
+    if (about.best) detector.best = new Explorer.BestRegressed(await Explorer.loadColumns(`best${index}`), data);
+    return detector;
+  }
+
+  async function start() {
+    const about = await Explorer.load('about');
+    const data = new Explorer.Dataset(about, await Explorer.loadColumns('objects'));
+    describeData(data);
+    const detectors = [];
+    for (const [index, one] of about.detectors.entries()) {
+      find('loading').textContent = `Reading ${one.label} …`;
+      detectors.push(await loadDetector(one, index, data));
+    }
+    const view = new Explorer.View(data, detectors);
+    const pair = detectors.length > 1;
+    const detail = new Explorer.Detail(find('detail'));
+    const controls = new Explorer.Controls(view);
+    const gallery = new Explorer.Gallery(find('pictures'), place => detail.open(place));
+    const parts = [
+      controls,
+      new Explorer.Planes(find('panel-plane'), view),
+      new Explorer.Curves(find('panel-curves'), view),
+      new Explorer.Confusion(find('panel-confusion'), view),
+      new Explorer.Classes(find('panel-classes'), view),
+      new Explorer.Changes(find('panel-changes'), view),
+      gallery,
+      detail,
+    ];
+    view.watch(updateTabs);
+    for (const part of parts) view.watch(now => part.update(now));
+    listenToTabs(view);
+    listenToKeys(keys(view, controls, detail));
+    for (const button of document.querySelectorAll('[data-help]')) button.addEventListener('click', () => find('help').showModal());
+    find('help').querySelector('.close').addEventListener('click', () => find('help').close());
+    const measure = () => document.documentElement.style.setProperty('--controls-height', `${find('controls').offsetHeight}px`);
+    new ResizeObserver(measure).observe(find('controls'));
+    if (window.innerWidth <= 900) find('filters').open = false;
+    let resizing;
+    window.addEventListener('resize', () => {
+      clearTimeout(resizing);
+      resizing = setTimeout(() => gallery.update(view), 150);
+    });
+    find('loading').hidden = true;
+    document.body.classList.remove('waiting');
+    view.set({sides: pair ? [0, 1] : [0], steps: detectors.map(detector => detector.bestStep()), sort: pair ? 'difference' : 'mistakes'});
+    requestAnimationFrame(() => requestAnimationFrame(() => performance.mark('drawn')));
+  }
+
+  start().catch(error => {
+    find('loading').textContent = `This page cannot be shown: ${error.message}`;
+    console.error(error);
+  });
+})();
