@@ -184,6 +184,8 @@ def run(args: argparse.Namespace) -> Path:
     if args.side < 64:
         raise ValueError(f"--side must be at least 64 pixels, got {args.side}")
     labels = check_labels(args.labels, [path / DETECTIONS if path.is_dir() else path for path in args.paths])
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"{args.out} is no directory: choose another --out")
     if args.out.exists() and any(args.out.iterdir()) and not (args.out / "data" / "about.js").is_file():
         raise ValueError(f"{args.out} holds something else than such a page: choose another --out")
     found = [opened(path, args.set) for path in args.paths]

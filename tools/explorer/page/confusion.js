@@ -47,7 +47,7 @@
       const classes = view.data.classes.length;
       const all = new Map();
       const add = (row, column) => all.set(row * (classes + 1) + column, (all.get(row * (classes + 1) + column) ?? 0) + 1);
-      for (let d = 0; d < detector.length; d++) if (detector.reaches(d, step)) add(this.rowOf(detector, d), detector.label[d]);
+      detector.forReached(step, d => add(this.rowOf(detector, d), detector.label[d]));
       for (let o = 0; o < view.data.numObjects; o++) if (this.isLost(detector, o, step)) add(view.data.label[o], classes);
       const errors = new Float64Array(classes);
       for (const [key, count] of all) {
@@ -88,11 +88,15 @@
       context.font = `12px ${Explorer.FONT}`;
       const margin = Math.min(130, Math.max(...[...rows, ...columns].map(name => context.measureText(name).width)) + 12);
       const cell = Math.max(11, Math.min(64, (available - margin - 2) / count));
-      const size = margin + cell * count + 1;
-      Object.assign(this, {margin, cell});
+      const upright = cell >= Math.max(...columns.map(name => context.measureText(name).width)) + 6;
+      const top = upright ? 22 : margin;
+      const size = {width: margin + cell * count + 1, height: top + cell * count + 1};
+      Object.assign(this, {margin, top, cell});
       const ratio = window.devicePixelRatio || 1;
-      this.canvas.style.width = this.canvas.style.height = `${size}px`;
-      this.canvas.width = this.canvas.height = Math.round(size * ratio);
+      for (const side of ['width', 'height']) {
+        this.canvas.style[side] = `${size[side]}px`;
+        this.canvas[side] = Math.round(size[side] * ratio);
+      }
       context.scale(ratio, ratio);
       const font = Math.min(12, cell * 0.9);
       this.cells.forEach((row, r) => {
@@ -103,29 +107,28 @@
       context.font = `${font}px ${Explorer.FONT}`;
       context.textAlign = 'right';
       context.textBaseline = 'middle';
-      rows.forEach((name, r) => context.fillText(name, margin - 6, margin + (r + 0.5) * cell, margin - 8));
-      context.textAlign = 'left';
+      rows.forEach((name, r) => context.fillText(name, margin - 6, top + (r + 0.5) * cell, margin - 8));
+      context.textAlign = upright ? 'center' : 'left';
       columns.forEach((name, c) => {
         context.save();
-        context.translate(margin + (c + 0.5) * cell, margin - 6);
-        context.rotate(cell > 52 && context.measureText(name).width < cell ? 0 : -Math.PI / 2);
-        if (cell > 52 && context.measureText(name).width < cell) context.textAlign = 'center';
+        context.translate(margin + (c + 0.5) * cell, top - (upright ? 10 : 6));
+        if (!upright) context.rotate(-Math.PI / 2);
         context.fillText(name, 0, 0, margin - 8);
         context.restore();
       });
       context.strokeStyle = '#8b8d92';
-      const edge = margin + (count - 1) * cell;
+      const last = (count - 1) * cell;
       context.beginPath();
-      context.moveTo(margin, edge);
-      context.lineTo(size, edge);
-      context.moveTo(edge, margin);
-      context.lineTo(edge, size);
+      context.moveTo(margin, top + last);
+      context.lineTo(size.width, top + last);
+      context.moveTo(margin + last, top);
+      context.lineTo(margin + last, size.height);
       context.stroke();
     }
 
     drawCell(context, r, c, value, total) {
-      const {margin, cell} = this;
-      const [x, y] = [margin + c * cell, margin + r * cell];
+      const {margin, top, cell} = this;
+      const [x, y] = [margin + c * cell, top + r * cell];
       const share = total ? Math.sqrt(value / total) : 0;
       const mix = (from, to) => Math.round(from + (to - from) * share);
       context.fillStyle = value ? `rgb(${mix(240, 8)}, ${mix(244, 64)}, ${mix(248, 120)})` : '#faf9f7';
@@ -140,8 +143,8 @@
 
     cellAt(event) {
       const box = this.canvas.getBoundingClientRect();
-      const at = offset => Math.floor((offset - this.margin) / this.cell);
-      const [r, c] = [at(event.clientY - box.top), at(event.clientX - box.left)];
+      const at = offset => Math.floor(offset / this.cell);
+      const [r, c] = [at(event.clientY - box.top - this.top), at(event.clientX - box.left - this.margin)];
       const inside = r >= 0 && c >= 0 && r < this.cells.length && c < this.cells.length;
       return inside ? {r, c} : null;
     }
@@ -176,7 +179,7 @@
         return {side: 'objects', marks: Uint8Array.from({length: view.data.numObjects}, (_, o) => +lost(o)), weight: o => detector.nearScore[o]};
       }
       const marks = new Uint8Array(detector.length);
-      for (let d = 0; d < marks.length; d++) marks[d] = +(detector.label[d] === column && detector.reaches(d, step) && this.rowOf(detector, d) === row);
+      detector.forReached(step, d => { marks[d] = +(detector.label[d] === column && this.rowOf(detector, d) === row); });
       return {side, marks, weight: d => detector.score[d]};
     }
   }

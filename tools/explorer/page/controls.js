@@ -103,7 +103,7 @@
       find('second').value = settings.sides[1] ?? '';
       find('class').value = settings.label ?? '';
       find('sort').value = settings.sort;
-      find('sort').disabled = Boolean(settings.selection);
+      find('sort').parentElement.hidden = Boolean(settings.selection);
       find('sort').querySelector('[value=difference]').hidden = shown.length < 2;
       find('zoom').checked = settings.zoom;
       find('objects').checked = settings.objects;

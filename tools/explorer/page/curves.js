@@ -51,14 +51,10 @@
       const {width} = this.canvas.getBoundingClientRect();
       if (!width) return;
       const height = Math.min(300, Math.max(200, width * 0.5));
-      const ratio = window.devicePixelRatio || 1;
-      this.canvas.style.height = `${height}px`;
-      [this.canvas.width, this.canvas.height] = [Math.round(width * ratio), Math.round(height * ratio)];
-      const context = this.canvas.getContext('2d');
-      context.scale(ratio, ratio);
+      const context = Explorer.prepare(this.canvas, width, height);
       const px = x => MARGIN.left + x * (width - MARGIN.left - MARGIN.right);
       const py = y => MARGIN.top + (1 - y) * (height - MARGIN.top - MARGIN.bottom);
-      this.grid(context, px, py, height);
+      Explorer.drawGrid(context, (x, y) => [px(x), py(y)], this.axes);
       for (const {values, colour, dash, width: stroke} of this.lines) {
         context.strokeStyle = colour;
         context.lineWidth = stroke;
@@ -90,34 +86,6 @@
         context.arc(px(mark.x), py(mark.y), 4, 0, 2 * Math.PI);
         context.fill();
       }
-    }
-
-    grid(context, px, py, height) {
-      context.font = `11px ${Explorer.FONT}`;
-      context.fillStyle = '#5c5f66';
-      context.strokeStyle = '#ecebe7';
-      context.lineWidth = 1;
-      for (let t = 0; t <= 1.001; t += 0.25) {
-        context.beginPath();
-        context.moveTo(px(t), py(0));
-        context.lineTo(px(t), py(1));
-        context.moveTo(px(0), py(t));
-        context.lineTo(px(1), py(t));
-        context.stroke();
-        const text = t.toFixed(2).replace(/0$/, '');
-        context.textAlign = 'center';
-        context.fillText(text, px(t), py(0) + 15);
-        context.textAlign = 'right';
-        context.fillText(text, px(0) - 6, py(t) + 4);
-      }
-      context.fillStyle = '#1d1d1f';
-      context.textAlign = 'center';
-      context.fillText(this.axes.x, px(0.5), height - 5);
-      context.save();
-      context.translate(11, py(0.5));
-      context.rotate(-Math.PI / 2);
-      context.fillText(this.axes.y, 0, 0);
-      context.restore();
     }
   }
 
@@ -158,17 +126,19 @@
     update(view) {
       if (view.settings.tab !== 'curves') return;
       const {label} = view.settings;
+      const pair = view.shown.length > 1;
       const subject = label === null ? 'all classes' : view.data.classes[label];
-      this.legend.replaceChildren(`${subject}: `, ...view.shown.flatMap((detector, side) => [node('span', {className: `badge side${side}`}, 'AB'[side]), ` ${detector.name} `]),
+      this.legend.replaceChildren(`${subject}: `, ...view.shown.flatMap((detector, side) => [...(pair ? [node('span', {className: `badge side${side}`}, 'AB'[side])] : []), ` ${detector.name} `]),
         node('span', {className: 'muted'}, '· bold F1, fine precision and recall'));
       const [lines, marks, recallLines, recallMarks] = [[], [], [], []];
       view.shown.forEach((detector, side) => {
         const [colour, dash] = [INK[side], DASHES[side]];
+        const whose = pair ? `${'AB'[side]} ` : '';
         const tallies = Array.from({length: STEPS + 1}, (_, step) => detector.tally(step, label));
-        const line = (name, width) => ({name: `${'AB'[side]} ${name}`, values: tallies.map(t => t[name.toLowerCase()]), colour, dash, width});
+        const line = (name, width) => ({name: `${whose}${name}`, values: tallies.map(t => t[name.toLowerCase()]), colour, dash, width});
         lines.push(line('F1', 2.4), line('precision', 0.9), line('recall', 0.9));
         marks.push({x: view.step(side) / STEPS, y: null, colour});
-        recallLines.push({name: `${'AB'[side]} precision`, values: this.precision(detector, label), colour, dash, width: 2});
+        recallLines.push({name: `${whose}precision`, values: this.precision(detector, label), colour, dash, width: 2});
         const now = detector.tally(view.step(side), label);
         if (label !== null && this.overlap === 1 && now.precision !== null && now.recall !== null) recallMarks.push({x: now.recall, y: now.precision, colour});
       });

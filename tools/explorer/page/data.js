@@ -184,11 +184,25 @@ const Explorer = {};
     }
 
     isMissed(object, step) {
-      return !this.data.crowd[object] && !(this.hasNear[object] && this.nearScore[object] * STEPS >= step * this.data.scale);
+      return !this.data.crowd[object] && !(this.hasNear[object] && this.nearScore[object] >= this.least(step));
     }
 
     reaches(d, step) {
-      return this.score[d] * STEPS >= step * this.data.scale;
+      return this.score[d] >= this.least(step);
+    }
+
+    /** The least stored score from a threshold on: a whole number, as STEPS divides the scale. */
+    least(step) {
+      return (step * this.data.scale) / STEPS;
+    }
+
+    /** Call `visit(detection, image)` for all from a threshold on. Images have their best first, so that few are looked at. */
+    forReached(step, visit) {
+      const {score, first} = this;
+      const least = this.least(step);
+      for (let image = 0; image + 1 < first.length; image++) {
+        for (let d = first[image]; d < first[image + 1] && score[d] >= least; d++) visit(d, image);
+      }
     }
 
     /** Mean AP, AP50 and AP75 over classes with objects, or those of one class; null where there is none. */

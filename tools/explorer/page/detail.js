@@ -57,13 +57,15 @@
       const {view} = this;
       const pair = view.shown.length > 1;
       const narrow = window.innerWidth < 760;
-      const width = Math.min(window.innerWidth - 60, 1180) / (pair && !narrow ? 2 : 1) - 20;
+      const width = Math.min(window.innerWidth - 70, 1200) / (pair && !narrow ? 2 : 1) - 12;
       const [height, full] = view.data.images[image].size;
-      const shownWidth = Math.min(width, (0.62 * window.innerHeight * (full || 1)) / (height || 1));
+      const room = (pair ? 0.6 : 0.8) * window.innerHeight;
+      const shownWidth = Math.min(pair || narrow ? width : 0.62 * width, (room * (full || 1)) / (height || 1));
       const svg = Explorer.picture(view, side, image, shownWidth, this.kept, 'all');
-      svg.style.maxWidth = `${shownWidth}px`;
+      svg.style.width = `${shownWidth}px`;
       const heading = node('h3', {}, ...(pair ? [node('span', {className: `badge side${side}`}, 'AB'[side]), ' '] : []), detector.name);
-      return node('section', {className: 'column'}, heading, svg, this.list(detector, side, image, svg));
+      const list = this.list(detector, side, image, svg);
+      return node('section', {className: pair ? 'column' : 'column single'}, heading, node('div', {className: 'beside'}, svg, list));
     }
 
     /** The boxes from the threshold on, and the objects that nothing finds; pointing at a row points at the box. */

@@ -77,20 +77,19 @@
     find('about').textContent = [plural(data.images.length, 'picture'), plural(data.asked, 'object'), plural(data.classes.length, 'class').replace('classs', 'classes')].join(' · ');
   }
 
-  async function loadDetector(about, index, data) {
-    const detector = new Explorer.Detector(about, await Explorer.loadColumns(`detections${index}`), data);
-    if (about.best) detector.best = new Explorer.BestRegressed(await Explorer.loadColumns(`best${index}`), data);
-    return detector;
-  }
-
   async function start() {
     const about = await Explorer.load('about');
-    const data = new Explorer.Dataset(about, await Explorer.loadColumns('objects'));
+    const objects = Explorer.loadColumns('objects');
+    const columns = about.detectors.map((_, index) => Explorer.loadColumns(`detections${index}`));
+    const best = about.detectors.map((one, index) => (one.best ? Explorer.loadColumns(`best${index}`) : null));
+    const data = new Explorer.Dataset(about, await objects);
     describeData(data);
     const detectors = [];
     for (const [index, one] of about.detectors.entries()) {
       find('loading').textContent = `Reading ${one.label} …`;
-      detectors.push(await loadDetector(one, index, data));
+      const detector = new Explorer.Detector(one, await columns[index], data);
+      if (one.best) detector.best = new Explorer.BestRegressed(await best[index], data);
+      detectors.push(detector);
     }
     const view = new Explorer.View(data, detectors);
     const pair = detectors.length > 1;

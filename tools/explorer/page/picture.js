@@ -46,7 +46,7 @@
         boxes.push({
           box: data.corners(data, o, image), colour: '#ffffff', weight: view.objectIsStrong(side, o) ? 'strong' : 'object',
           label: view.objectIsStrong(side, o) && !found ? name : '', title: `${name}, annotated, ${state}`, object: o,
-          dashed: true, missed: !found && !data.crowd[o],
+          dashed: true, missed: !found && !data.crowd[o] && (view.objectIsStrong(side, o) || !(view.picked || view.filtered)),
         });
       }
     }
@@ -95,11 +95,18 @@
     return group;
   }
 
+  const measuring = document.createElement('canvas').getContext('2d');
+
+  function textWidth(text) {
+    measuring.font = `600 11px ${Explorer.FONT}`;
+    return measuring.measureText(text).width;
+  }
+
   /** Text on the upper edge of a box, or inside it where there is no room above. */
   function caption(box, unit, view) {
     const [left, top] = box.box;
     const size = 11 * unit;
-    const width = (box.label.length * 6.1 + 6) * unit;
+    const width = (textWidth(box.label) + 6) * unit;
     const x = Math.max(view[0], Math.min(left, view[0] + view[2] - width));
     const y = top - size * 1.35 >= view[1] ? top - size * 1.35 : Math.max(top, view[1]);
     const dark = box.colour === '#0072B2' || box.colour === '#222222';

@@ -2,6 +2,7 @@
 
 /** A square of points, both coordinates in [0, 1]: a click picks the nearest, dragging a rectangle picks those within. */
 (() => {
+  const {shape, prepare, drawGrid, drawLines} = Explorer;
   const MARGIN = {left: 44, right: 10, top: 8, bottom: 38};
   /** More points than this are drawn as cells. */
   const MOST_DOTS = 12000;
@@ -9,33 +10,6 @@
   const RADIUS = 3.2;
   /** Pixels from a point within which a click still means it. */
   const REACH = 14;
-
-  const SHAPES = {
-    circle: (p, r) => p.arc(0, 0, r, 0, 2 * Math.PI),
-    square: (p, r) => p.rect(-r * 0.85, -r * 0.85, 1.7 * r, 1.7 * r),
-    triangle: (p, r) => polygon(p, [[0, -1.2 * r], [1.1 * r, 0.8 * r], [-1.1 * r, 0.8 * r]]),
-    diamond: (p, r) => polygon(p, [[0, -1.3 * r], [1.1 * r, 0], [0, 1.3 * r], [-1.1 * r, 0]]),
-    plus: (p, r) => polygon(p, bars(r, 0)),
-    cross: (p, r) => polygon(p, bars(r, Math.PI / 4)),
-    dashes: (p, r) => p.rect(-r, -r, 2 * r, 2 * r),
-  };
-
-  function polygon(path, corners) {
-    corners.forEach(([x, y], i) => (i ? path.lineTo(x, y) : path.moveTo(x, y)));
-    path.closePath();
-  }
-
-  function bars(r, turn) {
-    const [a, b] = [1.3 * r, 0.45 * r];
-    const corners = [[b, a], [b, b], [a, b], [a, -b], [b, -b], [b, -a], [-b, -a], [-b, -b], [-a, -b], [-a, b], [-b, b], [-b, a]];
-    return corners.map(([x, y]) => [x * Math.cos(turn) - y * Math.sin(turn), x * Math.sin(turn) + y * Math.cos(turn)]);
-  }
-
-  function shape(name, radius = RADIUS) {
-    const path = new Path2D();
-    SHAPES[name](path, radius);
-    return path;
-  }
 
   class Plane {
     /**
@@ -62,7 +36,7 @@
       this.canvas.addEventListener('pointerup', event => this.up(event));
       this.canvas.addEventListener('pointercancel', () => this.cancel());
       this.canvas.addEventListener('pointerleave', () => { this.tip.hidden = true; });
-      new ResizeObserver(() => this.draw()).observe(host);
+      new ResizeObserver(() => this.canvas.clientWidth !== this.drawnWidth && this.draw()).observe(host);
     }
 
     /**
@@ -94,13 +68,8 @@
     draw() {
       const {width} = this.canvas.getBoundingClientRect();
       if (!this.content || width < 60) return;
-      const ratio = window.devicePixelRatio || 1;
-      const height = width * 0.94;
-      this.canvas.style.height = `${height}px`;
-      this.canvas.width = Math.round(width * ratio);
-      this.canvas.height = Math.round(height * ratio);
-      const context = this.canvas.getContext('2d');
-      context.scale(ratio, ratio);
+      this.drawnWidth = this.canvas.clientWidth;
+      const context = prepare(this.canvas, width, width * 0.94);
       this.drawAxes(context);
       const {mask, allowed, group} = this.content;
       let count = 0;
@@ -112,58 +81,24 @@
     }
 
     drawAxes(context) {
-      const [left, bottom] = this.toPixels(0, 0);
-      const [right, top] = this.toPixels(1, 1);
-      context.font = `11px ${Explorer.FONT}`;
-      context.lineWidth = 1;
-      for (let t = 0; t <= 1.0001; t += 0.25) {
-        const [x, y] = this.toPixels(t, t);
-        context.strokeStyle = '#ecebe7';
-        context.beginPath();
-        context.moveTo(x, top);
-        context.lineTo(x, bottom);
-        context.moveTo(left, y);
-        context.lineTo(right, y);
-        context.stroke();
-        context.fillStyle = '#5c5f66';
-        context.textAlign = t > 0.99 ? 'right' : t < 0.01 ? 'left' : 'center';
-        context.fillText(t.toFixed(2).replace(/0$/, ''), x, bottom + 15);
-        context.textAlign = 'right';
-        context.fillText(t.toFixed(2).replace(/0$/, ''), left - 6, y + (t > 0.99 ? 8 : t < 0.01 ? 0 : 4));
-      }
+      const at = (x, y) => this.toPixels(x, y);
+      drawGrid(context, at, this.options);
+      const [left, bottom] = at(0, 0);
+      const [right, top] = at(1, 1);
       context.strokeStyle = '#c9c7c1';
       context.setLineDash([2, 3]);
-      context.beginPath();
-      context.moveTo(left, bottom);
-      context.lineTo(right, top);
-      for (const level of this.content.levels) {
-        const [, y] = this.toPixels(0, level);
-        context.moveTo(left, y);
-        context.lineTo(right, y);
-      }
-      context.stroke();
+      const levels = this.content.levels.map(level => at(0, level)[1]);
+      drawLines(context, [[left, bottom, right, top], ...levels.map(y => [left, y, right, y])]);
       context.setLineDash([]);
-      if (this.content.threshold !== null) {
-        const [x] = this.toPixels(this.content.threshold, 0);
-        context.strokeStyle = '#1d1d1f';
-        context.beginPath();
-        context.moveTo(x, top);
-        context.lineTo(x, bottom);
-        context.stroke();
-      }
-      context.fillStyle = '#1d1d1f';
-      context.textAlign = 'center';
-      context.fillText(this.options.x, (left + right) / 2, bottom + 31);
-      context.save();
-      context.translate(11, (top + bottom) / 2);
-      context.rotate(-Math.PI / 2);
-      context.fillText(this.options.y, 0, 0);
-      context.restore();
+      if (this.content.threshold === null) return;
+      const [x] = at(this.content.threshold, 0);
+      context.strokeStyle = '#1d1d1f';
+      drawLines(context, [[x, top, x, bottom]]);
     }
 
     drawDots(context) {
       const {x, y, scale, mask, allowed, group, styles, threshold} = this.content;
-      const paths = styles.map(style => shape(style.shape));
+      const paths = styles.map(style => shape(style.shape, RADIUS));
       const least = threshold === null ? -1 : threshold * scale;
       const {width, height} = this.area;
       for (let i = 0; i < mask.length; i++) {
@@ -178,20 +113,30 @@
       context.globalAlpha = 1;
     }
 
-    /** Cells of a few pixels: the colour is that of the most frequent group, its strength the logarithm of the number. */
-    drawCells(context) {
-      const {x, y, scale, mask, allowed, group, styles, threshold} = this.content;
-      const {width, height} = this.area;
-      const [columns, rows, groups] = [Math.ceil(width / CELL), Math.ceil(height / CELL), styles.length];
+    /** How many points of each group lie in each cell; kept as long as the points shown stay the same. */
+    countCells(columns, rows) {
+      const {x, y, scale, mask, allowed, group, styles} = this.content;
+      const key = [x, y, mask, columns, rows, ...allowed];
+      if (this.cells?.key.length === key.length && key.every((part, i) => part === this.cells.key[i])) return this.cells;
+      const groups = styles.length;
       const counts = new Uint32Array(columns * rows * groups);
+      const [perColumn, perRow] = [columns / scale, rows / scale];
       for (let i = 0; i < mask.length; i++) {
         if (!mask[i] || !allowed[group[i]]) continue;
-        const column = Math.min(columns - 1, Math.floor((x[i] / scale) * columns));
-        const row = Math.min(rows - 1, Math.floor((1 - y[i] / scale) * rows));
+        const column = Math.min(columns - 1, Math.floor(x[i] * perColumn));
+        const row = Math.min(rows - 1, Math.floor(rows - y[i] * perRow));
         counts[(row * columns + column) * groups + group[i]]++;
       }
-      let most = 1;
-      for (const count of counts) if (count > most) most = count;
+      this.cells = {key, counts, most: counts.reduce((a, b) => Math.max(a, b), 1)};
+      return this.cells;
+    }
+
+    /** Cells of a few pixels: the colour is that of the most frequent group, its strength the logarithm of the number. */
+    drawCells(context) {
+      const {styles, threshold} = this.content;
+      const {width, height} = this.area;
+      const [columns, rows, groups] = [Math.ceil(width / CELL), Math.ceil(height / CELL), styles.length];
+      const {counts, most} = this.countCells(columns, rows);
       for (let cell = 0; cell < columns * rows; cell++) {
         let [total, best] = [0, 0];
         for (let g = 0; g < groups; g++) {
@@ -306,5 +251,5 @@
     }
   }
 
-  Object.assign(Explorer, {Plane, shape});
+  Explorer.Plane = Plane;
 })();

@@ -6,11 +6,11 @@
   const BEST_STYLES = [{...CONFIDENT[0], shape: 'circle'}, {...CONFIDENT[1], shape: 'cross'}];
   const POPULATIONS = {detections: 'all detections', best: 'best-regressed queries'};
 
-  /** Spearman's correlation of two arrays of small whole numbers where `mask`, by counting; null where one is constant. */
-  function rankCorrelation(x, y, shown, scale) {
+  /** Spearman's correlation of x[i] and y[i], whole numbers up to `scale`, over the points i; null where one is constant. */
+  function rankCorrelation(x, y, points, scale) {
     const ranks = values => {
-      const counts = new Float64Array(scale + 2);
-      for (let i = 0; i < values.length; i++) if (shown(i)) counts[values[i]]++;
+      const counts = new Float64Array(scale + 1);
+      for (const i of points) counts[values[i]]++;
       let before = 0;
       return counts.map(count => {
         const rank = before + (count + 1) / 2;
@@ -19,17 +19,15 @@
       });
     };
     const [rankX, rankY] = [ranks(x), ranks(y)];
-    let [n, sx, sy, sxx, syy, sxy] = [0, 0, 0, 0, 0, 0];
-    for (let i = 0; i < x.length; i++) if (shown(i)) { n++; sx += rankX[x[i]]; sy += rankY[y[i]]; }
-    const [mx, my] = [sx / n, sy / n];
-    for (let i = 0; i < x.length; i++) {
-      if (!shown(i)) continue;
-      const [dx, dy] = [rankX[x[i]] - mx, rankY[y[i]] - my];
+    const mean = (points.length + 1) / 2;
+    let [sxx, syy, sxy] = [0, 0, 0];
+    for (const i of points) {
+      const [dx, dy] = [rankX[x[i]] - mean, rankY[y[i]] - mean];
       sxx += dx * dx;
       syy += dy * dy;
       sxy += dx * dy;
     }
-    return {n, rho: sxx > 0 && syy > 0 ? sxy / Math.sqrt(sxx * syy) : null};
+    return sxx > 0 && syy > 0 ? sxy / Math.sqrt(sxx * syy) : null;
   }
 
   class Planes {
@@ -135,10 +133,13 @@
       const points = view.points[side];
       const detector = view.shown[side];
       const step = view.step(side);
-      const shown = i => mask[i] && allowed[points.kind[i]] && (best || detector.reaches(i, step));
-      const {n, rho} = rankCorrelation(points.score, points.iou, shown, view.data.scale);
+      const shown = [];
+      const add = i => { if (mask[i] && allowed[points.kind[i]]) shown.push(i); };
+      if (best) for (let i = 0; i < points.length; i++) add(i);
+      else detector.forReached(step, add);
+      const rho = rankCorrelation(points.score, points.iou, shown, view.data.scale);
       const where = best ? 'queries' : 'boxes from the threshold on';
-      reading.textContent = `${NUMBER.format(n)} ${where}, rank correlation ${rho === null ? '–' : rho.toFixed(2).replace('-', '−')}`;
+      reading.textContent = `${NUMBER.format(shown.length)} ${where}, rank correlation ${rho === null ? '–' : rho.toFixed(2).replace('-', '−')}`;
       if (best) {
         let [all, top] = [0, 0];
         for (let i = 0; i < points.length; i++) if (mask[i] && points.iou[i] > 0) { all++; top += +(points.kind[i] === 0); }

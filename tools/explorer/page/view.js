@@ -31,6 +31,8 @@
       this.settings = {...DEFAULTS, steps: detectors.map(() => 0)};
       this.listeners = [];
       this.scheduled = false;
+      this.shown = [];
+      this.kept = new Map(); // masks by what they depend on
     }
 
     /** Call `listener(view)` after every change. */
@@ -58,10 +60,6 @@
       this.set({steps});
     }
 
-    get shown() {
-      return this.settings.sides.map(index => this.detectors[index]);
-    }
-
     step(side) {
       return this.settings.steps[this.settings.sides[side]];
     }
@@ -73,12 +71,13 @@
 
     refresh() {
       const {settings, data} = this;
+      this.shown = settings.sides.map(index => this.detectors[index]);
       this.allowed = Uint8Array.from(Explorer.KINDS, (_, k) => +(!settings.kinds.length || settings.kinds.includes(k)));
       const wanted = settings.search.trim().toLowerCase();
       this.imageMask = Uint8Array.from(data.names, name => +name.includes(wanted));
       this.points = this.shown.map(detector => (settings.population === 'best' && detector.best) || detector);
-      this.masks = this.shown.map(detector => this.mask(detector));
-      this.pointMasks = this.points.map((points, side) => (points === this.shown[side] ? this.masks[side] : this.mask(points)));
+      this.masks = this.shown.map(detector => this.keptMask(detector));
+      this.pointMasks = this.points.map(points => this.keptMask(points));
       this.tallies = this.shown.map((detector, side) => this.tally(detector, side));
       this.picked = settings.selection ? settings.selection.pick(this) : null;
       this.pickedObjects = this.picked ? this.objectsOf(this.picked) : null;
@@ -86,18 +85,29 @@
       for (const listener of this.listeners) listener(this);
     }
 
+    /** The mask of `points`, made anew only where a filter has changed. */
+    keptMask(points) {
+      const {label, sizes, from, to, search} = this.settings;
+      const key = JSON.stringify([label, sizes, from, to, search]);
+      const kept = this.kept.get(points);
+      if (kept?.key === key) return kept.mask;
+      const mask = this.mask(points);
+      this.kept.set(points, {key, mask});
+      return mask;
+    }
+
     /** Which points pass all filters but that of kinds: [N] of 0 and 1. */
     mask(points) {
       const {label, sizes, from, to} = this.settings;
       const {scale} = this.data;
+      const {label: labels, size, score, image} = points;
+      const {imageMask} = this;
+      const mask = new Uint8Array(points.length);
+      if (label === null && !sizes.length && from <= 0 && to >= 1 && imageMask.every(Boolean)) return mask.fill(1);
       const [low, high] = [from * scale - 1e-6, to * scale + 1e-6];
       const sized = Uint8Array.from(Explorer.SIZES, (_, s) => +(!sizes.length || sizes.includes(s)));
-      const mask = new Uint8Array(points.length);
       for (let d = 0; d < mask.length; d++) {
-        mask[d] = +(
-          (label === null || points.label[d] === label) && sized[points.size[d]] &&
-          points.score[d] >= low && points.score[d] <= high && this.imageMask[points.image[d]]
-        );
+        mask[d] = +((label === null || labels[d] === label) && sized[size[d]] && score[d] >= low && score[d] <= high && imageMask[image[d]]);
       }
       return mask;
     }
@@ -109,17 +119,11 @@
         this.imageMask[data.image[object]] && !data.crowd[object];
     }
 
-    /** Whether a detection of a side is on show: it passes the filters and reaches the threshold. */
-    passes(side, d) {
-      const detector = this.shown[side];
-      return Boolean(this.masks[side][d] && this.allowed[detector.kind[d]] && detector.reaches(d, this.step(side)));
-    }
-
     /** Number of detections, from the threshold on, of each kind, and of missed objects. */
     tally(detector, side) {
       const counts = new Array(Explorer.KINDS.length).fill(0);
       const [mask, step] = [this.masks[side], this.step(side)];
-      for (let d = 0; d < mask.length; d++) if (mask[d] && detector.reaches(d, step)) counts[detector.kind[d]]++;
+      detector.forReached(step, d => { counts[detector.kind[d]] += mask[d]; });
       for (let o = 0; o < this.data.numObjects; o++) if (detector.isMissed(o, step) && this.passesObject(o)) counts[MISSED]++;
       return counts;
     }
@@ -183,13 +187,12 @@
       const {sort, kinds} = settings;
       const onlyCorrect = kinds.length === 1 && kinds[0] === CORRECT;
       this.shown.forEach((detector, side) => {
-        for (let d = 0; d < detector.length; d++) {
-          if (!this.passes(side, d)) continue;
-          const image = detector.image[d];
+        const [mask, step] = [this.masks[side], this.step(side)];
+        detector.forReached(step, (d, image) => {
+          if (!mask[d] || !this.allowed[detector.kind[d]]) return;
           const telling = sort === 'mistakes' && (onlyCorrect || detector.kind[d] !== CORRECT);
           keys[image] = Math.max(keys[image], telling ? detector.score[d] : 0);
-        }
-        const step = this.step(side);
+        });
         for (let o = 0; o < data.numObjects; o++) {
           if (!this.allowed[MISSED] || !this.passesObject(o)) continue;
           const missed = detector.isMissed(o, step);
