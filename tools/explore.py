@@ -36,7 +36,7 @@ from datasets import Category, CocoDataset
 from datasets.images import UnreadableImageError
 from engine import checkpoint, distributed
 from engine.coco_metrics import read_ground_truth
-from engine.run_directory import DETECTIONS
+from engine.runs.run_directory import DETECTIONS
 from tools.analyze import PROGRESS_SECONDS, check_labels, check_same_task, load_subject, observe_subject
 
 PAGE = Path(__file__).parent / "explorer"

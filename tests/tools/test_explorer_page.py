@@ -184,7 +184,7 @@ def test_precision_recall_and_kinds_agree_with_the_analysis(pair, open_page, ste
     for side, kinds in enumerate(expected):
         right, wrong = kinds[CORRECT], sum(kinds[1:-1])
         text = page.locator(".threshold .numbers").nth(side).inner_text()
-        numbers = [float(number) for number in re.findall(r"[\d.]+(?= %)", text)]
+        numbers = [float(number) for number in re.findall(r"[\d.]+(?=\u00a0%)", text)]
         f1 = 2 * right / (asked + right + wrong)
         assert numbers == pytest.approx([100 * right / (right + wrong), 100 * right / asked, 100 * f1], abs=0.051)
 
@@ -360,7 +360,7 @@ def test_best_regressed_queries_have_a_plane(pair, open_page):
     best = pair[1][0].best
     ranks = np.concatenate([b.rank < b.num_targets for b in best])
     found = np.concatenate([b.iou > 0 for b in best])
-    assert f"{100 * ranks[found].mean():.1f} %" in reading
+    assert f"{100 * ranks[found].mean():.1f}\u00a0%" in reading
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -373,3 +373,24 @@ def test_nothing_is_wider_than_the_screen(pair, open_page, width):
     page.keyboard.press("j")
     settle(page)
     assert page.evaluate("document.querySelector('#detail').scrollWidth") <= width
+
+
+def test_an_address_keeps_what_is_looked_at(pair, open_page):
+    page = open_page(pair[0])
+    page.keyboard.press("4")
+    page.locator("#class").select_option(label="bee")
+    page.locator("#search").fill("photo0")
+    set_threshold(page, 1, 77)
+    page.wait_for_function("location.hash.includes('photo0') && location.hash.includes('77')")
+    names = page.locator(".card .name").all_inner_texts()
+    page.reload()
+    page.wait_for_selector(".card")
+    assert page.locator("#panel-classes").is_visible()
+    assert page.locator("#search").input_value() == "photo0"
+    assert page.locator("#threshold1").input_value() == "77"
+    assert page.locator(".card .name").all_inner_texts() == names
+    page.goto((pair[0] / "index.html").as_uri() + "#tab=7&sides=[9]&steps=no&label=1")
+    page.reload()
+    page.wait_for_selector(".card")
+    assert page.locator("#class").input_value() == "1"
+    assert page.locator("#panel-plane").is_visible()

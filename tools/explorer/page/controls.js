@@ -90,10 +90,18 @@
       find('clear').addEventListener('click', () => view.set({selection: null}));
     }
 
+    /** Put into the fields for text what they stand for: they are not touched while somebody writes. */
+    fill() {
+      const {search, from, to} = this.view.settings;
+      this.find('search').value = search;
+      this.find('from').value = from > 0 ? from : '';
+      this.find('to').value = to < 1 ? to : '';
+    }
+
     /** Drop selection and filters, but not thresholds and detectors. */
     reset() {
-      for (const id of ['from', 'to', 'search']) this.find(id).value = '';
       this.view.set({label: null, sizes: [], kinds: [], search: '', from: 0, to: 1, selection: null});
+      this.fill();
     }
 
     update(view) {
@@ -129,7 +137,7 @@
       row.range.value = step;
       row.value.textContent = (step / STEPS).toFixed(3);
       const {right, wrong, objects, precision, recall, f1} = view.shown[side].tally(step, view.settings.label);
-      const percent = share => (share === null ? '–' : `${(100 * share).toFixed(1)} %`);
+      const percent = share => (share === null ? '–' : `${(100 * share).toFixed(1)}\u00a0%`);
       row.numbers.textContent = `precision ${percent(precision)} · recall ${percent(recall)} · F1 ${percent(f1)}`;
       row.numbers.title = `${right} of ${objects} objects found, ${wrong} boxes wrong`;
     }

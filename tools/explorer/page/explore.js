@@ -122,7 +122,11 @@
     });
     find('loading').hidden = true;
     document.body.classList.remove('waiting');
-    view.set({sides: pair ? [0, 1] : [0], steps: detectors.map(detector => detector.bestStep()), sort: pair ? 'difference' : 'mistakes'});
+    const initial = {sides: pair ? [0, 1] : [0], steps: detectors.map(detector => detector.bestStep()), sort: pair ? 'difference' : 'mistakes'};
+    const address = new Explorer.Address(view, initial);
+    view.watch(now => address.update(now));
+    view.set({...initial, ...address.read()});
+    controls.fill();
     requestAnimationFrame(() => requestAnimationFrame(() => performance.mark('drawn')));
   }
 

@@ -138,12 +138,13 @@
       if (best) for (let i = 0; i < points.length; i++) add(i);
       else detector.forReached(step, add);
       const rho = rankCorrelation(points.score, points.iou, shown, view.data.scale);
+      const without = !best && view.settings.population === 'best' ? 'No queries were saved, so all detections: ' : '';
       const where = best ? 'queries' : 'boxes from the threshold on';
-      reading.textContent = `${NUMBER.format(shown.length)} ${where}, rank correlation ${rho === null ? '–' : rho.toFixed(2).replace('-', '−')}`;
+      reading.textContent = `${without}${NUMBER.format(shown.length)} ${where}, rank correlation ${rho === null ? '–' : rho.toFixed(2).replace('-', '−')}`;
       if (best) {
         let [all, top] = [0, 0];
         for (let i = 0; i < points.length; i++) if (mask[i] && points.iou[i] > 0) { all++; top += +(points.kind[i] === 0); }
-        if (all) reading.textContent += `; ${((100 * top) / all).toFixed(1)} % among the most confident`;
+        if (all) reading.textContent += `; ${((100 * top) / all).toFixed(1)}\u00a0% among the most confident`;
       }
     }
 
