@@ -45,11 +45,7 @@ def judge(objects: ImageObjects, detections: ImageDetections) -> Judged:
     """Say of each detection of an image how it is wrong and which object it is compared with.
 
     A duplicate is compared with the object of its class that it overlaps most, and one of wrong class and place with
-    the object that it overlaps most.
-
-    Args:
-        objects: of the image.
-        detections: in any order and number.
+    the object that it overlaps most. The detections may be in any order and number.
     """
     errors = classify_errors(objects, detections)
     found, kind = errors.detections, errors.kind
@@ -67,16 +63,10 @@ def judge(objects: ImageObjects, detections: ImageDetections) -> Judged:
 def detection_columns(
     objects: Sequence[ImageObjects], detections: Sequence[ImageDetections], sizes: Sequence[tuple[int, int]]
 ) -> Columns:
-    """All judged detections of a data set.
-
-    Args:
-        objects: of each image.
-        detections: of each image.
-        sizes: (height, width) of each image in pixels.
-    """
+    """All judged detections of a data set, given objects, detections and (height, width) in pixels of each image."""
     judged = [judge(truth, found) for truth, found in zip(objects, detections, strict=True)]
     return {
-        "count": _counts([len(image.kind) for image in judged]),
+        "count": np.array([len(image.kind) for image in judged], dtype=np.uint32),
         "score": _steps([image.detections.scores for image in judged]),
         "iou": _steps([image.iou for image in judged]),
         "label": _joined([image.detections.labels for image in judged], np.uint16),
@@ -89,7 +79,7 @@ def detection_columns(
 def object_columns(objects: Sequence[ImageObjects], sizes: Sequence[tuple[int, int]]) -> Columns:
     """All objects of a data set; arguments as in :func:`detection_columns`."""
     return {
-        "count": _counts([len(image.labels) for image in objects]),
+        "count": np.array([len(image.labels) for image in objects], dtype=np.uint32),
         "label": _joined([image.labels for image in objects], np.uint16),
         "area": _joined([image.areas for image in objects], np.float32),
         "crowd": _joined([image.crowd for image in objects], np.uint8),
@@ -98,12 +88,7 @@ def object_columns(objects: Sequence[ImageObjects], sizes: Sequence[tuple[int, i
 
 
 def best_regressed_columns(best: Sequence[BestRegressed], sizes: Sequence[tuple[int, int]]) -> Columns:
-    """The best-regressed query of each object that is no crowd, in the order of the objects.
-
-    Args:
-        best: of each image.
-        sizes: (height, width) of each image in pixels.
-    """
+    """The best-regressed query of each object that is no crowd, in their order, given those of each image."""
     return {
         "score": _steps([image.score for image in best]),
         "iou": _steps([image.iou for image in best]),
@@ -115,12 +100,7 @@ def best_regressed_columns(best: Sequence[BestRegressed], sizes: Sequence[tuple[
 def precision_summary(
     objects: Sequence[ImageObjects], detections: Sequence[ImageDetections], num_classes: int
 ) -> list[dict[str, Any]]:
-    """COCO's AP and precision of each class, ready for JSON.
-
-    Args:
-        objects: of each image.
-        detections: of each image.
-        num_classes: labels are below it.
+    """COCO's AP and precision of each class, ready for JSON, given objects and detections of each image.
 
     Returns:
         By label ``objects`` (crowds not counted), ``ap``: AP, AP50 and AP75 in percent, and ``precision``: the three
@@ -147,10 +127,6 @@ def encoded(columns: Columns) -> dict[str, list[str]]:
         compressed = gzip.compress(little.tobytes(), compresslevel=6, mtime=0)
         result[name] = [f"{values.dtype.name.capitalize()}Array", base64.b64encode(compressed).decode()]
     return result
-
-
-def _counts(counts: Sequence[int]) -> NDArray[Any]:
-    return np.array(counts, dtype=np.uint32)
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:

@@ -21,6 +21,7 @@ from analysis.matching import ImageDetections, ImageObjects
 from tools.explore import Explored, write_page
 
 SIZE = (480, 640)
+CLASSES = 80
 MOVE = """async step => {
     const range = document.getElementById('threshold0');
     const start = performance.now();
@@ -31,32 +32,32 @@ MOVE = """async step => {
 }"""
 
 
-def synthetic(
-    images: int, detections: int, classes: int, rng: np.random.Generator
-) -> tuple[list[ImageInfo], list[ImageDetections]]:
-    """Seven objects in each image; most detections are near one of them, few are confident."""
+def synthetic(images: int, detections: int, seed: int) -> tuple[list[ImageInfo], list[ImageDetections]]:
+    """Seven objects in each image, the same for every seed; most detections are near one of them, few are confident."""
     infos, found = [], []
     sides = np.array(SIZE[::-1] * 2, dtype=np.float64)
     for image in range(images):
+        rng = np.random.default_rng(image)
         corners = rng.uniform(0, 0.7, (7, 2))
         boxes = np.concatenate([corners, corners + rng.uniform(0.03, 0.3, (7, 2))], axis=1) * sides
-        labels = rng.integers(classes, size=7)
+        labels = rng.integers(CLASSES, size=7)
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         infos.append(ImageInfo(image, ImageObjects(labels, boxes, areas, np.zeros(7, dtype=bool))))
+        rng = np.random.default_rng((seed, image))
         of = rng.integers(7, size=detections)
         moved = boxes[of] + rng.normal(0, 1, (detections, 4)) * rng.choice([4, 30, 150], (detections, 1))
         moved = np.concatenate([np.minimum(moved[:, :2], moved[:, 2:]), np.maximum(moved[:, :2], moved[:, 2:])], axis=1)
-        named = np.where(rng.random(detections) < 0.7, labels[of], rng.integers(classes, size=detections))
+        named = np.where(rng.random(detections) < 0.7, labels[of], rng.integers(CLASSES, size=detections))
         found.append(ImageDetections(rng.beta(0.3, 4, detections), named, moved.clip(0, sides)))
     return infos, found
 
 
-def write(out: Path, images: int, detections: int, detectors: int, classes: int = 80) -> None:
+def write(out: Path, images: int, detections: int, detectors: int) -> None:
     """Write a page of synthetic detections with one picture for all images."""
-    made = [synthetic(images, detections, classes, np.random.default_rng(0)) for _ in range(detectors)]
+    made = [synthetic(images, detections, seed) for seed in range(detectors)]
     explored = [Explored(f"detector {i}", "synthetic", found, None) for i, (_, found) in enumerate(made)]
     pictures: list[dict[str, Any]] = [{"name": f"{i:012d}.jpg", "size": SIZE, "readable": True} for i in range(images)]
-    names = [f"class {label}" for label in range(classes)]
+    names = [f"class {label}" for label in range(CLASSES)]
     write_page(out, "synthetic", names, made[0][0], pictures, explored)
     (out / "pictures").mkdir()
     noise = np.random.default_rng(0).integers(256, size=(24, 32, 3), dtype=np.uint8)
@@ -86,7 +87,7 @@ def main() -> None:
         for attempt in range(3):
             page = browser.new_page(viewport={"width": 1280, "height": 860}, offline=True)
             page.goto((out / "index.html").resolve().as_uri())
-            page.wait_for_selector(".card")
+            page.wait_for_function("performance.getEntriesByName('drawn').length")
             drawn = page.evaluate("performance.getEntriesByName('drawn')[0].startTime")
             moves = [page.evaluate(MOVE, step) for step in (40, 60, 80, 100, 120)]
             shown = f"drawn after {drawn / 1000:.2f} s; the threshold moves in {np.median(moves):.0f} ms"

@@ -20,17 +20,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 import config
+from analysis import exploration
 from analysis.best_regressed import BestRegressed
 from analysis.detections_file import ImageInfo, annotated_images, detections_by_image, read_rows
-from analysis.exploration import (
-    EDGE,
-    SCALE,
-    best_regressed_columns,
-    detection_columns,
-    encoded,
-    object_columns,
-    precision_summary,
-)
 from analysis.matching import ImageDetections
 from datasets import Category, CocoDataset
 from datasets.images import UnreadableImageError
@@ -110,13 +102,9 @@ def explored(found: Opened, label: str, overrides: Sequence[str], images: Sequen
 
 
 def write_pictures(out: Path, dataset: CocoDataset, indices: Sequence[int], side: int) -> list[bool]:
-    """Write each image as a small JPEG named by its place; say of each whether it could be read.
+    """Write the images of these indices as JPEGs named by their place; say of each whether it could be read.
 
-    Args:
-        out: directory.
-        dataset: of the images.
-        indices: of the images in it, in the order of the page.
-        side: the longer side in pixels at most.
+    Pictures are made smaller where their longer side has more than ``side`` pixels.
     """
     out.mkdir(parents=True, exist_ok=True)
     readable, reported = [], time.monotonic()
@@ -145,14 +133,14 @@ def write_page(
     pictures: Sequence[dict[str, Any]],
     detectors: Sequence[Explored],
 ) -> None:
-    """Write the page and its data; the pictures are beside it already.
+    """Write the page and its data to ``out``, which holds the pictures already.
 
     Args:
         out: directory.
         title: of the data set.
         classes: names by label.
         images: that are annotated.
-        pictures: ``name``, ``size`` (height, width) and ``readable`` of each image.
+        pictures: ``name``, ``size`` (height, width in pixels) and ``readable`` of each image.
         detectors: one or more.
     """
     data = out / "data"
@@ -160,23 +148,28 @@ def write_page(
     sizes = [picture["size"] for picture in pictures]
     objects = [image.objects for image in images]
     about = []
-    for place, detector in enumerate(detectors):
-        _write_data(data, f"detections{place}", encoded(detection_columns(objects, detector.detections, sizes)))
-        if detector.best is not None:
-            _write_data(data, f"best{place}", encoded(best_regressed_columns(detector.best, sizes)))
-        summary = precision_summary(objects, detector.detections, len(classes))
-        has_best = detector.best is not None
-        about.append({"label": detector.label, "source": detector.source, "best": has_best, "classes": summary})
-    _write_data(data, "objects", encoded(object_columns(objects, sizes)))
-    content = {"title": title, "scale": SCALE, "edge": EDGE, "classes": list(classes), "detectors": about}
-    _write_data(data, "about", {**content, "images": list(pictures)})
+    for place, (label, source, detections, best) in enumerate(detectors):
+        print(f"{label}: judging {sum(len(found.scores) for found in detections)} detections", flush=True)
+        _write_columns(data / f"detections{place}.js", exploration.detection_columns(objects, detections, sizes))
+        if best is not None:
+            _write_columns(data / f"best{place}.js", exploration.best_regressed_columns(best, sizes))
+        summary = exploration.precision_summary(objects, detections, len(classes))
+        about.append({"label": label, "source": source, "best": best is not None, "classes": summary})
+    _write_columns(data / "objects.js", exploration.object_columns(objects, sizes))
+    stored = {"scale": exploration.SCALE, "edge": exploration.EDGE}
+    names = {"title": title, "classes": list(classes), "images": list(pictures)}
+    _write_data(data / "about.js", {**names, **stored, "detectors": about})
     shutil.copytree(PAGE, out, dirs_exist_ok=True)
 
 
-def _write_data(directory: Path, name: str, content: Any) -> None:
-    """A script that hands the data to the page: browsers read no other files from disk."""
-    text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    (directory / f"{name}.js").write_text(f"Explorer.receive({json.dumps(name)}, {text});\n", encoding="utf-8")
+def _write_columns(path: Path, columns: exploration.Columns) -> None:
+    _write_data(path, exploration.encoded(columns))
+
+
+def _write_data(path: Path, content: Any) -> None:
+    """Write a script that hands the content to the page: browsers read no other files from disk."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    path.write_text(f"Explorer.receive({json.dumps(path.stem)}, {text});\n", encoding="utf-8")
 
 
 def run(args: argparse.Namespace) -> Path:
