@@ -8,16 +8,29 @@ spawned workers through shared memory.
 
 from __future__ import annotations
 
-import json
-import math
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from datasets.box_cleaning import CLIPPED, FINDINGS, clean_boxes
+from ops.coco_columns import (
+    CROWD_AS_TEXT,
+    CROWD_UNCLEAR,
+    NO_ID,
+    NO_MAPPING,
+    AnnotationColumns,
+    ImageEntry,
+    is_integer,
+    whole_number,
+)
+from ops.coco_file import CocoFile, read_coco_file
 
 MAX_EXAMPLES = 5
 
@@ -40,9 +53,18 @@ class CleaningReport:
     """The first few places of each kind."""
 
     def add(self, kind: str, where: str) -> None:
+        """Count one place."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if len(shown := self.examples.setdefault(kind, [])) < MAX_EXAMPLES:
             shown.append(where)
+
+    def add_all(self, kind: str, places: NDArray[Any], describe: Callable[[int], str]) -> None:
+        """Count all places, of which the first few are described."""
+        for place in places[:MAX_EXAMPLES].tolist():
+            self.add(kind, describe(place))
+        self.counts[kind] = self.counts.get(kind, 0) + max(len(places) - MAX_EXAMPLES, 0)
+        if not self.counts[kind]:
+            del self.counts[kind]
 
     def __bool__(self) -> bool:
         return bool(self.counts)
@@ -99,183 +121,168 @@ class PackedAnnotations(NamedTuple):
         )
 
 
-def read_annotation_file(path: Path | str) -> dict[str, Any]:
-    """Loads a COCO annotation file without its segmentations, which detection has no use for and which are most of it.
+def read_annotation_file(path: Path | str) -> CocoFile:
+    """What detection needs of a COCO annotation file.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not COCO JSON.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no annotation file {path}")
-    try:
-        with path.open(encoding="utf-8") as stream:
-            content = json.load(stream, object_hook=_without_segmentation)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise ValueError(f"{path} is not a COCO annotation file: it has no list of 'images'")
-    for key in ("annotations", "categories"):
-        if not isinstance(content.setdefault(key, []), list):
-            raise ValueError(f"{path} is not a COCO annotation file: '{key}' is not a list")
-    return content
+    return read_coco_file(path)
 
 
-def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
-    entry.pop("segmentation", None)
-    return entry
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def read_categories(content: dict[str, Any], path: Path | str) -> tuple[Category, ...]:
+def read_categories(content: CocoFile, path: Path | str) -> tuple[Category, ...]:
     """The categories in the order of their ids, so that labels do not depend on the order in the file.
+
+    A category without a name is named by its id.
 
     Raises:
         ValueError: there are none, an id is missing or is given twice.
     """
     names: dict[int, str] = {}
-    for entry in content["categories"]:
-        if not isinstance(entry, dict) or not _is_integer(entry.get("id")):
-            raise ValueError(f"{path}: a category has no integer 'id': {entry!r:.80}")
-        if entry["id"] in names:
-            raise ValueError(f"{path}: category id {entry['id']} is given twice")
-        names[entry["id"]] = str(entry.get("name", entry["id"]))
+    for entry in content.categories:
+        category_id = whole_number(entry.get("id")) if isinstance(entry, dict) else None
+        if not _is_id(category_id):
+            raise ValueError(f"{path}: a category has no integer 'id' of less than 53 bits: {entry!r:.80}")
+        if category_id in names:
+            raise ValueError(f"{path}: category id {category_id} is given twice")
+        names[category_id] = _name(entry) or str(category_id)
     if not names:
         raise ValueError(f"{path} has no 'categories'")
     return tuple(Category(category_id, names[category_id]) for category_id in sorted(names))
 
 
-def _read_images(content: dict[str, Any], path: Path | str, report: CleaningReport) -> dict[int, dict[str, Any]]:
-    images: dict[int, dict[str, Any]] = {}
-    for entry in content["images"]:
-        if not isinstance(entry, dict) or "id" not in entry:
-            report.add("image without an id, dropped", f"{entry!r:.60}")
+def _is_id(value: object) -> bool:
+    return is_integer(value) and abs(value) < 2**53  # beyond, a double no longer tells them apart
+
+
+def _name(category: dict[str, Any]) -> str:
+    name = category.get("name")
+    return name.removeprefix("\ufeff") if isinstance(name, str) and name.strip("\ufeff \t\r\n") else ""
+
+
+def _doubt_categories(content: CocoFile, report: CleaningReport) -> None:
+    entries = [entry for entry in content.categories if isinstance(entry, dict)]
+    times = Counter(_name(entry) for entry in entries)
+    for entry in entries:
+        name, where = _name(entry), f"category {entry.get('id')}"
+        if not name:
+            report.add("category whose name is empty or no text, named by its id", where)
+        elif times[name] > 1:
+            report.add("category that shares its name with another, kept apart by its id", f"{where}: {name}")
+
+
+class _Images(NamedTuple):
+    """The usable images of a file, by id."""
+
+    ids: NDArray[np.int64]
+    """[N] ascending."""
+    sizes: NDArray[np.int64]
+    """[N, 2] (height, width); 0 where the file does not state it."""
+    names: list[str]
+
+
+def _read_images(entries: Iterable[ImageEntry], path: Path | str, report: CleaningReport) -> _Images:
+    names: dict[int, str] = {}
+    sizes: dict[int, tuple[int, int]] = {}
+    ids_of: dict[str, int] = {}
+    for place, entry in enumerate(entries):
+        image_id, name = whole_number(entry.id), entry.file_name
+        if image_id is None:
+            report.add("image without an id, dropped", f"entry {place + 1} of 'images'")
             continue
-        image_id, name = entry["id"], entry.get("file_name")
-        if not _is_integer(image_id) or abs(image_id) >= 2**53:  # beyond, a double no longer tells them apart
+        if not _is_id(image_id):
             raise ValueError(f"{path}: image ids must be integers of less than 53 bits, got {image_id!r:.60}")
         if not isinstance(name, str) or not name:
             report.add("image without a file name, dropped", f"image {image_id}")
             continue
-        if image_id in images:
-            if images[image_id]["file_name"] != name:
-                raise ValueError(
-                    f"{path}: image id {image_id} is given to both {images[image_id]['file_name']!r} and {name!r}"
-                )
+        if image_id in names:
+            if names[image_id] != name:
+                raise ValueError(f"{path}: image id {image_id} is given to both {names[image_id]!r} and {name!r}")
             report.add("image listed twice, kept once", f"image {image_id}")
             continue
-        images[image_id] = entry
-    if not images:
+        if (first := ids_of.setdefault(name, image_id)) != image_id:
+            report.add("file listed as two images, each with its own boxes", f"{name}: images {first} and {image_id}")
+        names[image_id], sizes[image_id] = name, _stated_size(entry)
+        if sizes[image_id] == (0, 0):
+            report.add("image without a usable width and height, taken from its file", f"image {image_id}")
+    if not names:
         raise ValueError(f"{path} lists no usable image")
-    return dict(sorted(images.items()))
+    order = sorted(names)
+    return _Images(
+        np.array(order, dtype=np.int64),
+        np.array([sizes[image_id] for image_id in order], dtype=np.int64),
+        [names[image_id] for image_id in order],
+    )
 
 
-def _stated_size(entry: dict[str, Any]) -> tuple[int, int]:
+def _stated_size(entry: ImageEntry) -> tuple[int, int]:
     """(height, width) as stated, or (0, 0)."""
-    sides = entry.get("height"), entry.get("width")
-    height, width = (side if _is_integer(side) else 0 for side in sides)
+    height, width = (side if is_integer(side) else 0 for side in map(whole_number, (entry.height, entry.width)))
     return (height, width) if 0 < height < 2**31 and 0 < width < 2**31 else (0, 0)
 
 
-def _clean_box(annotation: dict[str, Any], size: tuple[int, int]) -> tuple[list[float] | None, str]:
-    """(box xyxy inside the image or None, what is wrong with it or nothing)."""
-    box = annotation.get("bbox")
-    if not isinstance(box, list) or [value for value in box if not _is_number(value)] or len(box) != 4:
-        return None, "box missing or not four numbers, dropped"
-    try:
-        x, y, width, height = map(float, box)
-    except OverflowError:  # an integer of hundreds of digits
-        x = y = width = height = math.inf
-    if not math.isfinite(x + y + width + height):
-        return None, "box with NaN or infinity, dropped"
-    if width <= 0 or height <= 0:
-        return None, "box of zero or negative size, dropped"
-    x1, y1 = x + width, y + height
-    limit_y, limit_x = size if size != (0, 0) else (math.inf, math.inf)
-    clipped = [max(x, 0.0), max(y, 0.0), min(x1, limit_x), min(y1, limit_y)]
-    # In float32, as it will be stored: a sliver may have no width there.
-    low_x, low_y, high_x, high_y = np.asarray(clipped, dtype=np.float32)
-    if not (low_x < high_x and low_y < high_y):
-        return None, "box outside the image, dropped"
-    # Annotation tools round: only what is off by more than a pixel is worth a word.
-    overhang = max(-x, -y, x1 - limit_x, y1 - limit_y)
-    return clipped, "box reaching beyond the image, clipped" if overhang > 1.0 else ""
-
-
 def pack_annotations(
-    content: dict[str, Any], path: Path | str, categories: tuple[Category, ...]
+    content: CocoFile, path: Path | str, categories: tuple[Category, ...]
 ) -> tuple[PackedAnnotations, CleaningReport]:
     """Cleans what ``read_annotation_file`` returned and packs it.
 
     Dropped: boxes that are missing, not finite, of zero area or outside the image, crowds, boxes of unknown categories
     or images, and exact repetitions. Boxes that reach beyond the image are clipped. Images without boxes are kept.
+    What can be read but is not as COCO has it is reported.
 
     Raises:
-        ValueError: image ids are not integers or name two files, or no image is usable.
+        ValueError: image ids are not integers or name two files, no image is usable, or boxes are no pixels.
     """
     report = CleaningReport()
-    images = _read_images(content, path, report)
-    label_of = {category.id: label for label, category in enumerate(categories)}
-    sizes = {image_id: _stated_size(entry) for image_id, entry in images.items()}
-    for unsized in (image_id for image_id, size in sizes.items() if size == (0, 0)):
-        report.add("image without a usable width and height, taken from its file", f"image {unsized}")
-
-    found: dict[int, list[tuple[list[float], int]]] = defaultdict(list)
-    annotation_ids: set[object] = set()
-    repeated: dict[int, set[tuple[float, ...]]] = defaultdict(set)
-    for annotation in content["annotations"]:
-        if not isinstance(annotation, dict):
-            report.add("annotation that is not a mapping, dropped", f"{annotation!r:.40}")
-            continue
-        annotation_id, image_id = annotation.get("id"), annotation.get("image_id")
-        where = f"annotation {annotation_id}"
-        if not _is_integer(annotation_id):
-            report.add("annotation without an integer id, kept", f"image {image_id}")
-        elif annotation_id in annotation_ids:
-            report.add("annotation id given twice, kept", where)
-        else:
-            annotation_ids.add(annotation_id)
-        if not _is_integer(image_id) or image_id not in images:
-            report.add("annotation of an unknown image, dropped", where)
-        elif not _is_integer(annotation.get("category_id")) or annotation["category_id"] not in label_of:
-            report.add("box of an unknown category, dropped", where)
-        elif annotation.get("iscrowd"):
-            report.add("crowd, dropped", where)
-        else:
-            box, finding = _clean_box(annotation, sizes[image_id])
-            label = label_of[annotation["category_id"]]
-            if box is not None and (key := (*box, label)) in repeated[image_id]:
-                box, finding = None, "box given twice, kept once"
-            elif box is not None:
-                repeated[image_id].add(key)
-                found[image_id].append((box, label))
-            if finding:
-                report.add(finding, where)
-    return _pack(images, sizes, found), report
-
-
-def _pack(
-    images: dict[int, dict[str, Any]],
-    sizes: dict[int, tuple[int, int]],
-    found: dict[int, list[tuple[list[float], int]]],
-) -> PackedAnnotations:
-    names = [entry["file_name"].encode() for entry in images.values()]
-    boxes = [box for image_id in images for box, _ in found.get(image_id, ())]
-    labels = [label for image_id in images for _, label in found.get(image_id, ())]
-    return PackedAnnotations(
-        torch.tensor(list(images), dtype=torch.int64),
-        torch.tensor([sizes[image_id] for image_id in images], dtype=torch.int32).reshape(-1, 2),
+    _doubt_categories(content, report)
+    images = _read_images(content.images, path, report)
+    columns = content.annotations
+    boxes = clean_boxes(columns, images.ids, images.sizes, np.array([category.id for category in categories]), path)
+    _report_annotations(columns, report)
+    for code, kind in FINDINGS.items():
+        report.add_all(kind, np.flatnonzero(boxes.findings == code), lambda place: _where(columns, place))
+    for kind, mask in boxes.doubts.items():
+        report.add_all(kind, np.flatnonzero(mask), lambda place: _where(columns, place))
+    names = [name.encode("utf-8", "surrogatepass") for name in images.names]
+    kept = np.flatnonzero(boxes.findings <= CLIPPED)
+    kept = kept[np.argsort(boxes.images[kept], kind="stable")]
+    counts = np.bincount(boxes.images[kept], minlength=len(names))
+    packed = PackedAnnotations(
+        torch.from_numpy(images.ids),
+        torch.from_numpy(images.sizes.astype(np.int32)),
         torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8),
         torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0),
-        torch.tensor([len(found.get(image_id, ())) for image_id in images], dtype=torch.int64).cumsum(0),
-        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        torch.tensor(labels, dtype=torch.int64),
+        torch.from_numpy(counts.cumsum().astype(np.int64)),
+        torch.from_numpy(boxes.boxes_xyxy[kept]),
+        torch.from_numpy(boxes.labels[kept].astype(np.int64)),
     )
+    return packed, report
+
+
+def _report_annotations(columns: AnnotationColumns, report: CleaningReport) -> None:
+    """What is odd about entries whatever their box is."""
+    no_id, mapping = columns.odd & NO_ID > 0, columns.odd & NO_MAPPING == 0
+    report.add_all(
+        "annotation without an integer id, kept",
+        np.flatnonzero(no_id),
+        lambda place: f"image {columns.image_ids[place]}",
+    )
+    numbered = np.flatnonzero(~no_id & mapping)
+    ids = columns.ids[numbered]
+    if (ids[1:] <= ids[:-1]).any():
+        order = np.argsort(ids, kind="stable")
+        again = np.sort(numbered[order[1:][ids[order[1:]] == ids[order[:-1]]]])
+        report.add_all("annotation id given twice, kept", again, lambda place: _where(columns, place))
+    for bit, kind in (
+        (CROWD_AS_TEXT, "iscrowd written as text, read as it says"),
+        (CROWD_UNCLEAR, "iscrowd that is neither 0 nor 1, taken for a crowd"),
+    ):
+        report.add_all(kind, np.flatnonzero(columns.odd & bit), lambda place: _where(columns, place))
+
+
+def _where(columns: AnnotationColumns, place: int) -> str:
+    entry = columns.shown.get(place)
+    if entry is None:
+        return f"annotation {columns.ids[place]}"
+    return f"annotation {entry.get('id')!s:.40}" if isinstance(entry, dict) else f"{entry!r:.40}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections import defaultdict
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import CocoDetection, VisionDataset
@@ -20,14 +20,20 @@ from datasets.annotations import (
     read_annotation_file,
     read_categories,
 )
-from datasets.images import UnreadableImageError, read_image, read_size
+from datasets.image_files import absent_files, explain_absence
+from datasets.images import UnreadableImageError, decode_image, read_size
 from datasets.labelled_image import relative_boxes
 from datasets.transforms import Transform, apply_transforms
+from ops.coco_columns import NO_CATEGORY_ID
+from ops.coco_file import CocoFile
 
 Split = Literal["train", "val"]
 
 MAX_REPLACEMENTS = 16
 """So many images in a row may be unreadable before training stops: then it is the disk, not the image."""
+
+
+_logger = logging.getLogger(__name__)
 
 
 class SampleKey(NamedTuple):
@@ -82,6 +88,7 @@ class CocoDataset(CocoDetection):
         report: CleaningReport,
         transforms: tuple[Transform, ...],
         training: bool,
+        strict_images: bool = False,
     ) -> None:
         VisionDataset.__init__(self, str(images))
         self.annotations = annotations
@@ -91,6 +98,9 @@ class CocoDataset(CocoDetection):
         """What was cleaned away."""
         self.augmentation = transforms
         self.training = training
+        self.strict_images = strict_images
+        self.damaged: dict[int, str] = {}
+        """What is missing of pictures whose last bytes are, by index; of those that this process has loaded."""
 
     @property
     def ids(self) -> list[int]:
@@ -122,7 +132,10 @@ class CocoDataset(CocoDetection):
         """
         path = self.image_path(index)
         height, width = self.annotations.sizes[index].tolist()
-        image = read_image(path, (height, width))
+        image, damage = decode_image(path, (height, width), self.strict_images)
+        if damage and index not in self.damaged:
+            self.damaged[index] = damage
+            _logger.warning("%s: %s", path, damage)
         boxes, labels = self.annotations.targets(index)
         found_height, found_width = image.shape[1:]
         if (height, width) in ((0, 0), (found_height, found_width)):
@@ -170,6 +183,8 @@ class CocoConfig:
     """COCO annotation file (JSON)."""
     transforms: tuple[Transform, ...] = ()
     """Augmentation, in order; evaluation allows resizes only."""
+    strict_images: bool = False
+    """Whether a picture whose last bytes are missing counts as unreadable; else it is decoded as far as it goes."""
 
     def build(self, *, split: Split, categories: tuple[Category, ...] | None = None) -> CocoDataset:
         """Reads and cleans the annotations.
@@ -189,14 +204,23 @@ class CocoConfig:
             _check_categories(own, categories, content, self.annotations)
         packed, report = pack_annotations(content, self.annotations, categories or own)
         training = split == "train"
-        absent = _absent_files(Path(self.images), packed)
-        for index in absent:
-            consequence = "skipped" if training else "its objects count as missed"
-            report.add(f"image listed but absent, {consequence}", packed.file_name(index))
+        for category in categories or () if categories != own else ():
+            if category not in own:
+                report.add("class that this file's categories lack, not measured on it", category.name)
+        root = Path(self.images)
+        absent = absent_files(root, map(packed.file_name, range(len(packed.image_ids))))
+        consequence = "skipped" if training else "its objects count as missed"
+        report.add_all(
+            f"image listed but absent, {consequence}",
+            np.array(absent, dtype=np.int64),
+            lambda index: packed.file_name(index) + explain_absence(root, packed.file_name(index)),
+        )
         if len(absent) == len(packed.image_ids):
+            why = explain_absence(root, packed.file_name(0))
+            remedy = "write the names as they are there" if why else f"set data.{split}.images to their directory"
             raise FileNotFoundError(
                 f"none of the {len(absent)} images of {self.annotations} is in {self.images} "
-                f"(the first is {packed.file_name(0)}): set data.{split}.images to their directory"
+                f"(the first is {packed.file_name(0)}{why}): {remedy}"
             )
         if training and absent:
             present = torch.ones(len(packed.image_ids), dtype=torch.bool)
@@ -206,7 +230,9 @@ class CocoConfig:
             raise ValueError(
                 f"{self.annotations} has no usable box to train on: {'; '.join(report.lines()) or 'no annotations'}"
             )
-        return CocoDataset(self.images, packed, categories or own, report, self.transforms, training)
+        return CocoDataset(
+            self.images, packed, categories or own, report, self.transforms, training, self.strict_images
+        )
 
     def _check_paths(self, split: Split) -> None:
         hint = (
@@ -219,9 +245,7 @@ class CocoConfig:
             raise FileNotFoundError(f"no image directory {self.images}: {hint}")
 
 
-def _check_categories(
-    own: tuple[Category, ...], expected: tuple[Category, ...], content: dict[str, Any], path: str
-) -> None:
+def _check_categories(own: tuple[Category, ...], expected: tuple[Category, ...], content: CocoFile, path: str) -> None:
     names = dict(expected)
     for category in own:
         if category.id in names and names[category.id] != category.name:
@@ -229,26 +253,8 @@ def _check_categories(
                 f"{path}: category {category.id} is {category.name!r}, but {names[category.id]!r} in the training data"
             )
     unknown = {category.id: category.name for category in own if category.id not in names}
-    found: set[int] = set()
-    for entry in content["annotations"] if unknown else ():
-        if isinstance(entry, dict) and isinstance(category_id := entry.get("category_id"), int):
-            found.add(category_id)
+    columns = content.annotations
+    found = set(np.unique(columns.category_ids[columns.odd & NO_CATEGORY_ID == 0]).tolist()) if unknown else set()
     if contradicting := sorted(unknown.keys() & found):
         shown = ", ".join(f"{category_id} ({unknown[category_id]})" for category_id in contradicting[:5])
         raise ValueError(f"{path}: it has objects of categories that the training data does not know: {shown}")
-
-
-def _absent_files(root: Path, annotations: PackedAnnotations) -> list[int]:
-    """Indices of images whose file does not exist; lists each directory once instead of asking for each file."""
-    by_directory: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for index in range(len(annotations.image_ids)):
-        directory, name = os.path.split(annotations.file_name(index))
-        by_directory[directory].append((index, name))
-    absent: list[int] = []
-    for directory, members in by_directory.items():
-        try:
-            present = set(os.listdir(root / directory))
-        except OSError:
-            present = set()
-        absent.extend(index for index, name in members if name not in present)
-    return sorted(absent)

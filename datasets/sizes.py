@@ -8,13 +8,26 @@ from typing import Literal
 
 from torchvision.transforms.v2 import functional as F
 
+from datasets.images import MAX_PIXELS
 from datasets.labelled_image import LabelledImage, crop, resize
+
+MAX_ASPECT_RATIO = 16
+"""Longer pictures are strips, not photographs: they could become as long as they like, so their long side is cut."""
 
 
 def resized_size(size: tuple[int, int], short_side: int, max_long_side: int | None) -> tuple[int, int]:
-    """(height, width) with the short side as asked for, unless the long one would become too long (as DETR does it)."""
+    """(height, width) with the short side as asked for, unless the long one would become too long (as DETR does it).
+
+    DETR's own rounding may pass ``max_long_side`` by a few pixels; strips longer than ``MAX_ASPECT_RATIO`` do not, and
+    without a ``max_long_side`` get no longer than that many short sides.
+    """
     height, width = size
     low, high = min(size), max(size)
+    if high > MAX_ASPECT_RATIO * low:
+        longest = max_long_side or MAX_ASPECT_RATIO * short_side
+        long = min(high * short_side // low, longest)
+        short = min(max(round(long * low / high), 1), short_side)
+        return (long, short) if width < height else (short, long)
     if max_long_side is not None and high / low * short_side > max_long_side:
         short_side = max(round(max_long_side * low / high), 1)
     if low == short_side:
@@ -43,7 +56,7 @@ class Resize:
     short_side: int = 800
     """Pixels of the shorter side."""
     max_long_side: int | None = 1333
-    """The most pixels of the longer side."""
+    """The most pixels of the longer side; null: as the short side makes it, but for strips."""
 
     def __post_init__(self) -> None:
         check_sides(self.name, (self.short_side, self.max_long_side or 1))
@@ -181,7 +194,9 @@ class RandomZoomOut:
     def __call__(self, sample: LabelledImage, rng: random.Random) -> LabelledImage:
         if rng.random() >= self.probability:
             return sample
-        scale = rng.uniform(1.0, self.max_scale)
+        height, width = sample.size
+        # A huge picture is not made larger than one that would be decoded.
+        scale = min(rng.uniform(1.0, self.max_scale), max((MAX_PIXELS / (height * width)) ** 0.5, 1.0))
         extra_y, extra_x = (int(side * (scale - 1.0)) for side in sample.size)
         top, left = rng.randint(0, extra_y), rng.randint(0, extra_x)
         padding = [left, top, extra_x - left, extra_y - top]

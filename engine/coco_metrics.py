@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import sys
+from collections.abc import Iterable
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ops.coco_columns import NO_BOX, NO_CATEGORY_ID, NO_IMAGE_ID, NO_MAPPING, is_integer, whole_number
+from ops.coco_file import from_content, read_coco_file
 
 MetricBackend = Literal["auto", "hotcoco", "pycocotools"]
 
@@ -25,17 +28,50 @@ STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100",
 Array = NDArray[np.float64]
 
 
-class GroundTruth(NamedTuple):
-    """What detections are compared with."""
+class GroundTruth:
+    """What detections are compared with, as arrays: only the process that computes metrics makes objects of them."""
 
-    content: dict[str, Any]
-    """In COCO format: images, annotations and categories."""
-    category_ids: tuple[int, ...]
-    """Ascending; the order of the third axis of ``BoxMetrics.precision``."""
-    image_ids: frozenset[int]
-    """All images, also those without objects."""
-    unusable: int
-    """Annotations left out because they have no finite box, or belong to no image or category of the file."""
+    def __init__(self, names: dict[int, str], image_ids: NDArray[np.int64], columns: dict[str, NDArray[Any]]) -> None:
+        self.names = names
+        self.image_ids = frozenset(image_ids.tolist())
+        """All images, also those without objects."""
+        self.columns = columns
+        """Usable annotations, [n] or [n, 4] each: image_id, category_id, bbox, area, iscrowd."""
+        self.unusable = 0
+        """Annotations left out because they have no finite box, or belong to no image or category of the file."""
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """Ascending; the order of the third axis of ``BoxMetrics.precision``."""
+        return tuple(sorted(self.names))
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """In COCO format: images, annotations and categories."""
+        return self._content(self.columns["image_id"], self.columns["category_id"], sorted(self.image_ids), self.names)
+
+    @cached_property
+    def numbered(self) -> dict[str, Any]:
+        """The same with images and categories numbered from 1 in the order of their ids.
+
+        Not every library takes every id (negative ones, very long ones).
+        """
+        images = np.searchsorted(np.array(sorted(self.image_ids)), self.columns["image_id"]) + 1
+        categories = np.searchsorted(np.array(self.category_ids), self.columns["category_id"]) + 1
+        names = {number: self.names[category_id] for number, category_id in enumerate(self.category_ids, 1)}
+        return self._content(images, categories, range(1, len(self.image_ids) + 1), names)
+
+    def _content(
+        self, images: NDArray[Any], categories: NDArray[Any], image_ids: Iterable[int], names: dict[int, str]
+    ) -> dict[str, Any]:
+        columns = {**self.columns, "image_id": images, "category_id": categories}
+        rows = zip(range(1, len(images) + 1), *(column.tolist() for column in columns.values()), strict=True)
+        return {
+            "info": {},
+            "images": [{"id": image_id} for image_id in image_ids],
+            "annotations": [dict(zip(("id", *columns), row, strict=True)) for row in rows],
+            "categories": [{"id": category_id, "name": names[category_id]} for category_id in sorted(names)],
+        }
 
 
 class BoxMetrics(NamedTuple):
@@ -51,7 +87,8 @@ def read_ground_truth(annotations: Path | str | dict[str, Any]) -> GroundTruth:
     """Takes the annotations as they are, crowds and zero-area boxes included, as pycocotools does.
 
     Annotations are numbered anew: pycocotools takes an id of 0 for "not matched", and mixes up equal ids.
-    ``iscrowd`` is 0 and ``area`` is that of the box where they are missing.
+    ``iscrowd`` is 0 where it is missing; ``area`` is that of the box where it is missing, or not positive though the
+    box has one. Flags and numbers are read as training reads them.
 
     Args:
         annotations: a COCO file, or its content.
@@ -60,67 +97,33 @@ def read_ground_truth(annotations: Path | str | dict[str, Any]) -> GroundTruth:
         FileNotFoundError: there is no such file.
         ValueError: it is not a COCO file.
     """
-    if isinstance(annotations, dict):
-        content, source = annotations, "annotations"
-    else:
-        source = str(annotations)
-        try:
-            content = json.loads(Path(annotations).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{source} is not a JSON file: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("images", "categories")):
+    file = from_content(annotations) if isinstance(annotations, dict) else read_coco_file(annotations)
+    if not file.categories:
+        source = "annotations" if isinstance(annotations, dict) else annotations
         raise ValueError(f"{source}: not a COCO annotation file, which has lists of 'images' and 'categories'")
-    image_ids = {
-        entry["id"] for entry in content["images"] if isinstance(entry, dict) and isinstance(entry.get("id"), int)
-    }
-    categories = [
-        entry for entry in content["categories"] if isinstance(entry, dict) and isinstance(entry.get("id"), int)
-    ]
-    names = {entry["id"]: str(entry.get("name", entry["id"])) for entry in categories}
-    kept: list[dict[str, Any]] = []
-    entries = content.get("annotations") or []
-    for entry in entries:
-        usable = _usable_annotation(entry, len(kept) + 1)
-        if usable is not None and usable["image_id"] in image_ids and usable["category_id"] in names:
-            kept.append(usable)
-    return GroundTruth(
+    image_ids = {number for entry in file.images if is_integer(number := whole_number(entry.id))}
+    numbered = [(whole_number(entry.get("id")), entry) for entry in file.categories if isinstance(entry, dict)]
+    names = {number: str(entry.get("name", number)) for number, entry in numbered if is_integer(number)}
+    columns = file.annotations
+    usable = columns.odd & (NO_MAPPING | NO_IMAGE_ID | NO_CATEGORY_ID | NO_BOX) == 0
+    usable &= np.isfinite(columns.boxes_xywh).all(axis=1)
+    known_images, known_categories = (np.array(sorted(ids), dtype=np.int64) for ids in (image_ids, names))
+    usable &= np.isin(columns.image_ids, known_images) & np.isin(columns.category_ids, known_categories)
+    boxes, areas = columns.boxes_xywh[usable], columns.areas[usable]
+    own_areas = boxes[:, 2] * boxes[:, 3]
+    truth = GroundTruth(
+        names,
+        known_images,
         {
-            "info": {},
-            "images": [{"id": image_id} for image_id in sorted(image_ids)],
-            "annotations": kept,
-            "categories": [{"id": category_id, "name": names[category_id]} for category_id in sorted(names)],
+            "image_id": columns.image_ids[usable],
+            "category_id": columns.category_ids[usable],
+            "bbox": boxes,
+            "area": np.where(np.isfinite(areas) & ((areas > 0) | (own_areas <= 0)), areas, own_areas),
+            "iscrowd": columns.crowd[usable].astype(np.int64),
         },
-        tuple(sorted(names)),
-        frozenset(image_ids),
-        len(entries) - len(kept),
     )
-
-
-def _usable_annotation(entry: object, new_id: int) -> dict[str, Any] | None:
-    if not isinstance(entry, dict):
-        return None
-    box, image_id, category_id = entry.get("bbox"), entry.get("image_id"), entry.get("category_id")
-    if not isinstance(box, list) or len(box) != 4 or not isinstance(image_id, int) or not isinstance(category_id, int):
-        return None
-    box = [_finite(value) for value in box]
-    if None in box:
-        return None
-    area = _finite(entry.get("area"))
-    return {
-        "id": new_id,
-        "image_id": image_id,
-        "category_id": category_id,
-        "bbox": box,
-        "area": box[2] * box[3] if area is None else area,
-        "iscrowd": int(bool(entry.get("iscrowd"))),
-    }
-
-
-def _finite(value: object) -> float | None:
-    """The value as a number, or None where it is none."""
-    if not isinstance(value, int | float) or abs(value) > sys.float_info.max or value != value:
-        return None
-    return float(value)
+    truth.unusable = len(usable) - int(usable.sum())
+    return truth
 
 
 def choose_backend(backend: MetricBackend) -> Literal["hotcoco", "pycocotools"]:
@@ -135,14 +138,21 @@ def box_metrics(ground_truth: GroundTruth, detections: Array, backend: MetricBac
 
     Args:
         ground_truth: of ``read_ground_truth``.
-        detections: [n, 7] rows of image id, x, y, width, height, score, category id; images must be known.
+        detections: [n, 7] rows of image id, x, y, width, height, score, category id; images must be known. Detections
+            of categories that the ground truth lacks count nowhere, as in pycocotools.
         backend: the library that computes.
     """
-    something_to_compare = len(detections) > 0 and len(ground_truth.content["annotations"]) > 0
+    images = np.array(sorted(ground_truth.image_ids), dtype=np.int64)
+    categories = np.array(ground_truth.category_ids, dtype=np.int64)
+    detections = detections[np.isin(detections[:, 6].astype(np.int64), categories)]
+    detections[:, 0] = np.searchsorted(images, detections[:, 0].astype(np.int64)) + 1
+    detections[:, 6] = np.searchsorted(categories, detections[:, 6].astype(np.int64)) + 1
+    content = ground_truth.numbered
+    something_to_compare = len(detections) > 0 and len(content["annotations"]) > 0
     fast = something_to_compare and choose_backend(backend) == "hotcoco"
     # Both libraries print their progress; what matters is returned.
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = (_hotcoco if fast else _pycocotools)(ground_truth, detections)
+        evaluation = (_hotcoco if fast else _pycocotools)(content, detections)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -151,20 +161,20 @@ def box_metrics(ground_truth: GroundTruth, detections: Array, backend: MetricBac
     )
 
 
-def _hotcoco(ground_truth: GroundTruth, detections: Array) -> Any:
+def _hotcoco(content: dict[str, Any], detections: Array) -> Any:
     import hotcoco
 
-    truth = hotcoco.COCO(ground_truth.content)
+    truth = hotcoco.COCO(content)
     return hotcoco.COCOeval(truth, truth.loadRes(detections), "bbox")
 
 
-def _pycocotools(ground_truth: GroundTruth, detections: Array) -> Any:
+def _pycocotools(content: dict[str, Any], detections: Array) -> Any:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     truth, found = COCO(), COCO()
     # A copy of the rows, which pycocotools writes its own entries into.
-    truth.dataset = {**ground_truth.content, "annotations": [dict(row) for row in ground_truth.content["annotations"]]}
+    truth.dataset = {**content, "annotations": [dict(row) for row in content["annotations"]]}
     truth.createIndex()
     if len(detections):
         found = truth.loadRes(detections)

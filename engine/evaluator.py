@@ -46,7 +46,7 @@ class Evaluator:
         self.categories = tuple((category_id, name) for category_id, name in categories)
         self.backend: MetricBackend = backend
         source = "the annotations" if isinstance(annotations, dict) else str(annotations)
-        if not any(not row["iscrowd"] for row in self.ground_truth.content["annotations"]):
+        if self.ground_truth.columns["iscrowd"].all():
             raise ValueError(f"{source}: no objects to find, so that nothing can be evaluated")
         if not {category_id for category_id, _ in self.categories} & set(self.ground_truth.category_ids):
             raise ValueError(f"{source}: none of the model's categories {self.categories[:5]} is among its categories")

@@ -20,10 +20,12 @@ from PIL import Image, ImageDraw
 import config
 from datasets import CleaningReport, CocoConfig, CocoDataset
 from datasets.coco import Sample, SampleKey
-from datasets.images import UnreadableImageError
+from datasets.images import UnreadableImageError, read_header
 from engine.distributed import describe_error
 from engine.evaluator import Evaluator
+from engine.whole_files import replacing
 from ops.boxes import cxcywh_to_xyxy
+from tools.console import print_anything
 
 COLUMNS, CELL, MARGIN = 4, 300, 4
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
@@ -87,17 +89,23 @@ def inspect_image(dataset: CocoDataset, index: int) -> list[tuple[str, str]]:
     name = dataset.annotations.file_name(index)
     try:
         image, _, _, annotated = dataset.load(index)
+        header = read_header(dataset.image_path(index))
     except UnreadableImageError as error:
         consequence = "skipped" if dataset.training else "its objects count as missed"
         return [(f"{UNREADABLE}, {consequence}", str(error))]
     findings = []
-    with Image.open(dataset.image_path(index)) as picture:
-        if picture.mode not in USUAL_MODES:
-            findings.append((f"image in mode {picture.mode}, converted to RGB", name))
-        if getattr(picture, "n_frames", 1) > 1:
-            findings.append(("animation, its first frame is used", name))
-        if (picture.height, picture.width) != tuple(image.shape[1:]):
-            findings.append(("image annotated upright, turned by its EXIF orientation", name))
+    if header.mode not in USUAL_MODES:
+        findings.append((f"image in mode {header.mode}, converted to RGB", name))
+    if header.frames > 1:
+        findings.append(("animation, its first frame is used", name))
+    if (header.height, header.width) != tuple(image.shape[1:]):
+        findings.append(("image annotated upright, turned by its EXIF orientation", name))
+    elif header.orientation > 1:
+        findings.append(("image with an EXIF orientation, used as stored: look whether its boxes fit", name))
+    if index in dataset.damaged:
+        findings.append(
+            ("image whose file ends too early, used as far as it goes", f"{name}: {dataset.damaged[index]}")
+        )
     if tuple(image.shape[1:]) != annotated:
         findings.append(("image of another size than annotated, boxes scaled", name))
     return findings
@@ -148,14 +156,27 @@ def draw_page(path: Path, datasets: dict[str, CocoDataset], samples: int) -> Non
     page = Image.new("RGB", (COLUMNS * CELL, max(len(cells) // COLUMNS, 1) * CELL))
     for place, cell in enumerate(cells):
         page.paste(cell, (place % COLUMNS * CELL, place // COLUMNS * CELL))
-    page.save(path)
+    with replacing(path) as temporary:
+        page.save(temporary, Image.registered_extensions()[path.suffix.lower()])
+
+
+def check_page(path: Path, datasets: dict[str, CocoDataset]) -> None:
+    """Refuses to write a page that is no picture by its name, or over a picture of the data set."""
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--page {path}: must end in .png, .jpg or .webp")
+    for dataset in datasets.values() if path.exists() else ():
+        paths = (dataset.image_path(index) for index in range(len(dataset)))
+        if any(other.name == path.name and other.exists() and other.samefile(path) for other in paths):
+            raise ValueError(f"--page {path}: is a picture of the data set; choose another name")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 0: usable (whatever was found), 2: training would refuse it."""
+    print_anything()
     options = parse_arguments(arguments)
     try:
         datasets, refusals = build_datasets(options)
+        check_page(options.page, datasets)
         for split, dataset in datasets.items():
             print("\n".join(describe(split, dataset)))
             findings = dataset.report.lines()

@@ -3,8 +3,8 @@
     python -m tools.convert_annotations voc annotations/ --split train.txt --out instances_train.json
     python -m tools.convert_annotations yolo labels/ --images images/ --classes data.yaml --out instances_train.json
 
-Every object is kept as it is, degenerate ones too: reading the result says what it drops. What cannot be understood is
-an error that names the file.
+Every object is kept as it is, degenerate ones too; what is doubtful, and what reading the result will drop, is said.
+What cannot be understood is an error that names the file.
 """
 
 from __future__ import annotations
@@ -12,197 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import yaml
-
-from datasets.images import UnreadableImageError, read_size
-from tools.predict import EXTENSIONS
-
-Difficult = Literal["keep", "crowd", "drop"]
-
-
-class LabelledBox(NamedTuple):
-    """One object."""
-
-    name: str
-    box_xywh: tuple[float, float, float, float]
-    """In pixels, from the top left corner of the top left pixel."""
-    crowd: bool = False
-
-
-class LabelledFile(NamedTuple):
-    """One image and what is in it."""
-
-    file_name: str
-    height: int
-    width: int
-    boxes: list[LabelledBox]
-
-
-def read_voc(
-    directory: Path,
-    split: Path | None = None,
-    images: Path | None = None,
-    first_pixel: int = 0,
-    difficult: Difficult = "crowd",
-) -> Iterator[LabelledFile]:
-    """Pascal VOC: one XML file for each image.
-
-    Args:
-        directory: of the XML files.
-        split: text file whose lines begin with the names to take, without ending, in their order; None takes all files.
-        images: directory in which the image files are looked up; None trusts the names and sizes in the XML files.
-        first_pixel: 1 for the original VOC, whose corners are numbers of pixels counted from 1, both included; 0 for
-            labelling tools, whose corners are coordinates.
-        difficult: what becomes of objects marked so: ordinary ones, ignored in evaluation ("crowd"), or nothing.
-
-    Raises:
-        ValueError: a file cannot be understood, or is missing.
-    """
-    if split is not None:
-        lines = (line.split() for line in split.read_text(encoding="utf-8").splitlines())
-        files = [directory / f"{words[0]}.xml" for words in lines if words]
-    else:
-        files = sorted(directory.glob("*.xml"))
-    if not files:
-        raise ValueError(
-            f"{split or directory}: names no annotation files" if split else f"{directory}: has no .xml files"
-        )
-    for file in files:
-        try:
-            root = ElementTree.parse(file).getroot()
-        except FileNotFoundError as error:
-            raise ValueError(f"{file}: no such file, though {split} names it") from error
-        except ElementTree.ParseError as error:
-            raise ValueError(f"{file}: not valid XML ({error})") from error
-        boxes = [
-            _voc_box(file, node, first_pixel, marked and difficult == "crowd")
-            for node in root.findall("object")
-            if not ((marked := (node.findtext("difficult") or "0").strip() == "1") and difficult == "drop")
-        ]
-        name = (root.findtext("filename") or file.stem).strip()
-        if images is not None:
-            path = _find_image(images, Path(name), file)
-            name = path.relative_to(images).as_posix()
-            height, width = _image_size(path)
-        else:
-            height, width = (int(_number(file, root, f"size/{side}")) for side in ("height", "width"))
-            if height < 1 or width < 1:
-                raise ValueError(f"{file}: states no size of the image; give the images' folder with --images")
-        yield LabelledFile(name, height, width, boxes)
-
-
-def _voc_box(file: Path, node: ElementTree.Element, first_pixel: int, crowd: bool) -> LabelledBox:
-    name = (node.findtext("name") or "").strip()
-    if not name:
-        raise ValueError(f"{file}: an object has no name")
-    x0, y0, x1, y1 = (_number(file, node, f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax"))
-    # Pixel numbers from 1: pixel n covers n - 1 to n.
-    return LabelledBox(name, (x0 - first_pixel, y0 - first_pixel, x1 - x0 + first_pixel, y1 - y0 + first_pixel), crowd)
-
-
-def _number(file: Path, node: ElementTree.Element, path: str) -> float:
-    text = node.findtext(path)
-    try:
-        return float(text or "")
-    except ValueError as error:
-        raise ValueError(f"{file}: {path} is {'missing' if text is None else f'{text!r}, not a number'}") from error
-
-
-def _find_image(images: Path, name: Path, source: Path) -> Path:
-    """The image that an annotation file names, or the one of its own name; labelling tools often leave stale names."""
-    candidates = [images / name.name, *(images / f"{source.stem}{ending}" for ending in EXTENSIONS)]
-    candidates += [candidate.with_suffix(candidate.suffix.upper()) for candidate in candidates]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise ValueError(f"{source}: neither {name.name} nor another image named {source.stem} is in {images}")
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    try:
-        return read_size(path)
-    except UnreadableImageError as error:
-        raise ValueError(str(error)) from error
-
-
-def read_yolo(labels: Path, images: Path, classes: Sequence[str]) -> Iterator[LabelledFile]:
-    """YOLO: for each image a text file of the same relative name, a line ``class cx cy w h`` for each object.
-
-    All numbers but the class are relative to the image's size. A line with a polygon instead of a box (three points or
-    more) gives the box around it. An image without a text file has no objects.
-
-    Args:
-        labels: directory of the text files.
-        images: directory of the images.
-        classes: names, indexed by class.
-
-    Raises:
-        ValueError: a line cannot be understood, or there are no images.
-    """
-    paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    if not paths:
-        raise ValueError(f"{images}: has no images")
-    names = {path.relative_to(images).with_suffix(".txt") for path in paths}
-    stray = sorted(file.relative_to(labels) for file in labels.rglob("*.txt") if file.relative_to(labels) not in names)
-    stray = [name for name in stray if name.name not in ("classes.txt", "names.txt")]
-    if stray:
-        raise ValueError(f"{labels / stray[0]}: there is no image of this name in {images} ({len(stray)} such files)")
-    for path in paths:
-        height, width = _image_size(path)
-        file = labels / path.relative_to(images).with_suffix(".txt")
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        boxes = [
-            _yolo_box(f"{file}, line {number}", line.split(), classes, height, width)
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        ]
-        yield LabelledFile(path.relative_to(images).as_posix(), height, width, boxes)
-
-
-def _yolo_box(where: str, words: Sequence[str], classes: Sequence[str], height: int, width: int) -> LabelledBox:
-    try:
-        index, *numbers = int(words[0]), *map(float, words[1:])
-    except ValueError as error:
-        raise ValueError(f"{where}: expected a class and numbers, found {' '.join(words)[:60]!r}") from error
-    if not 0 <= index < len(classes):
-        raise ValueError(f"{where}: class {index}, but there are {len(classes)} names")
-    if len(numbers) == 4:
-        x, y, w, h = numbers
-        left, top = x - w / 2, y - h / 2
-    elif len(numbers) >= 6 and len(numbers) % 2 == 0:
-        left, top = min(numbers[::2]), min(numbers[1::2])
-        w, h = max(numbers[::2]) - left, max(numbers[1::2]) - top
-    else:
-        raise ValueError(f"{where}: expected a class and 4 numbers or a polygon, found {len(numbers)} numbers")
-    if max(map(abs, numbers)) > 2:
-        raise ValueError(f"{where}: numbers must be relative to the image's size, found {max(map(abs, numbers)):g}")
-    return LabelledBox(classes[index], (left * width, top * height, w * width, h * height))
-
-
-def read_class_names(path: Path) -> list[str]:
-    """Names in the order of their index: ``names`` of a YAML file (list or mapping), or the lines of a text file.
-
-    Raises:
-        ValueError: the file does not hold them.
-    """
-    text = path.read_text(encoding="utf-8")
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())[:100]})") from error
-    names = content.get("names") if isinstance(content, dict) else None
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
-        names = [names[index] for index in range(len(names))]
-    if not isinstance(names, list) or not names:
-        raise ValueError(f"{path}: has no 'names', a list or a mapping from 0, 1, 2, …")
-    return [str(name) for name in names]
+from datasets.annotations import CleaningReport, pack_annotations, read_categories
+from engine.whole_files import replacing
+from ops.coco_file import from_content
+from tools.console import print_anything
+from tools.label_formats.class_names import read_class_names
+from tools.label_formats.labels import LabelledFile
+from tools.label_formats.voc import read_voc
+from tools.label_formats.yolo import read_yolo
 
 
 def to_coco(files: Sequence[LabelledFile], classes: Sequence[str] | None = None) -> dict[str, Any]:
@@ -213,11 +34,20 @@ def to_coco(files: Sequence[LabelledFile], classes: Sequence[str] | None = None)
         classes: in the order that the categories get; None: all that occur, by name.
 
     Raises:
-        ValueError: an object's class is not among ``classes``.
+        ValueError: an object's class is not among ``classes``, or two files describe one image.
     """
+    sources: dict[str, Path] = {}
+    for file in files:
+        if file.file_name in sources:
+            raise ValueError(
+                f"{sources[file.file_name]} and {file.source} both describe {file.file_name}: where names in XML are "
+                "stale, give the images' folder with --images; else leave one of them"
+            )
+        sources[file.file_name] = file.source
     found = sorted({box.name for file in files for box in file.boxes})
     order = list(classes) if classes is not None else found
-    unknown = [name for name in found if name not in order]
+    number_of = {name: number for number, name in enumerate(order, 1)}
+    unknown = [name for name in found if name not in number_of]
     if unknown:
         raise ValueError(f"objects of class {unknown[0]!r}, but the classes are {', '.join(order)}")
     annotations: list[dict[str, Any]] = []
@@ -229,7 +59,7 @@ def to_coco(files: Sequence[LabelledFile], classes: Sequence[str] | None = None)
                 {
                     "id": len(annotations) + 1,
                     "image_id": image_id,
-                    "category_id": order.index(box.name) + 1,
+                    "category_id": number_of[box.name],
                     "bbox": [round(value, 3) for value in box.box_xywh],
                     "area": round(box.box_xywh[2] * box.box_xywh[3], 3),
                     "iscrowd": int(box.crowd),
@@ -240,7 +70,9 @@ def to_coco(files: Sequence[LabelledFile], classes: Sequence[str] | None = None)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.convert_annotations", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.convert_annotations", description=(__doc__ or "").split("\n")[0]
+    )
     kinds = parser.add_subparsers(dest="kind", required=True)
     voc = kinds.add_parser("voc", help="Pascal VOC XML")
     voc.add_argument("labels", type=Path, help="folder of the XML files")
@@ -259,36 +91,51 @@ def _parser() -> argparse.ArgumentParser:
     yolo.add_argument("labels", type=Path, help="folder of the text files")
     yolo.add_argument("--images", type=Path, required=True, help="folder of the images")
     yolo.add_argument("--classes", type=Path, required=True, help="data.yaml, or a text file with a name a line")
+    yolo.add_argument("--polygons", action="store_true", help="longer lines are polygons, not boxes with keypoints")
     for kind in (voc, yolo):
         kind.add_argument("--out", type=Path, required=True, help="COCO JSON file to write")
     return parser
 
 
+def _read(options: argparse.Namespace, report: CleaningReport) -> tuple[list[LabelledFile], list[str] | None]:
+    """(label files, names of the classes in order, if they are given)."""
+    inputs = [path for path in (options.classes, options.split if options.kind == "voc" else None) if path]
+    if not options.labels.is_dir():
+        raise ValueError(f"{options.labels}: no such folder")
+    if options.out.suffix.lower() != ".json" or any(
+        options.out.exists() and path.samefile(options.out) for path in inputs
+    ):
+        raise ValueError(f"--out {options.out}: must be a file of its own that ends in .json")
+    given = None if options.classes is None else read_class_names(options.classes)
+    if options.kind == "voc":
+        read = read_voc(options.labels, options.split, options.images, options.first_pixel, options.difficult, report)
+        return list(read), None if given is None else given.names
+    assert given is not None
+    files = read_yolo(options.labels, options.images, given.names, given.keypoints, options.polygons, report)
+    return files, given.names
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
+    print_anything()
     options = _parser().parse_args(arguments)
+    report = CleaningReport()
     try:
-        if not options.labels.is_dir():
-            raise ValueError(f"{options.labels}: no such folder")
-        classes = None if options.classes is None else read_class_names(options.classes)
-        if options.kind == "voc":
-            files = list(
-                read_voc(options.labels, options.split, options.images, options.first_pixel, options.difficult)
-            )
-        else:
-            assert classes is not None
-            files = list(read_yolo(options.labels, options.images, classes))
+        files, classes = _read(options, report)
         content = to_coco(files, classes)
+        # What training would say of the result.
+        file = from_content(content, options.out)
+        _, reading = pack_annotations(file, options.out, read_categories(file, options.out))
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(content), encoding="utf-8")
+        with replacing(options.out) as temporary:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    flat = sum(min(box.box_xywh[2:]) <= 0 for file in files for box in file.boxes)
-    print(
-        f"{len(content['images'])} images, {len(content['annotations'])} objects, {len(content['categories'])} classes"
-        f"{f', {flat} of the objects without area' if flat else ''}: {options.out}"
-    )
+    counts = ", ".join(f"{len(content[key])} {key}" for key in ("images", "annotations", "categories"))
+    print(f"{counts}: {options.out}")
+    for line in report.lines() + reading.lines():
+        print(f"  {line}")
     return 0
 
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from datasets.annotations import read_annotation_file
+from datasets.image_files import EXTENSIONS, image_files
 from datasets.images import UnreadableImageError
 from engine.pictures import COLOURS
+from engine.whole_files import replacing
+from ops.coco_columns import is_integer, whole_number
 from structures import Detections
+from tools.console import print_anything
 from tools.detector import Detector, to_pixels
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
-"""Endings of the files that are taken from a folder."""
+RESULTS = "detections.json"
 
 
 class Source(NamedTuple):
@@ -38,21 +42,35 @@ class Source(NamedTuple):
     """Relative name: within the folder that was given, or the file's own."""
 
 
-def find_images(paths: Sequence[Path]) -> list[Source]:
+def find_images(paths: Sequence[Path], out: Path) -> list[Source]:
     """The files among ``paths`` and the images in the folders among them and below, in the order of their names.
+
+    What lies in ``out`` below a folder is left out: it may be of an earlier call.
 
     Raises:
         FileNotFoundError: a path does not exist, or there is no image at all.
+        ValueError: an image that was asked for lies in ``out``, or would be written over there.
     """
     sources = []
+    out = out.resolve()
     for path in paths:
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
-            sources += [Source(file, file.relative_to(path)) for file in files]
+            files, others = image_files(path)
+            if others:
+                print(f"{path}: {others} files left out that are no pictures by their endings", file=sys.stderr)
+            own = not path.resolve().is_relative_to(out)
+            sources += [
+                Source(file, file.relative_to(path))
+                for file in files
+                if not (own and file.parent.resolve().is_relative_to(out))
+            ]
         elif path.exists():
             sources.append(Source(path, Path(path.name)))
         else:
             raise FileNotFoundError(f"{path}: no such file or folder")
+    for source in sources:
+        if source.path.resolve().is_relative_to(out) or source.path.parent.resolve().is_relative_to(out):
+            raise ValueError(f"{source.path} lies in the folder to write to, {out}: choose another one with --out")
     if not sources:
         raise FileNotFoundError(f"no image in {', '.join(map(str, paths))} (known endings: {' '.join(EXTENSIONS)})")
     return sources
@@ -101,15 +119,18 @@ def image_numbers(sources: Sequence[Source], annotations: Path | None) -> list[i
     """The id of each image: that of the annotation file, or its place in the order, from 1 on.
 
     Raises:
-        ValueError: the annotation file does not list one of the images.
+        ValueError: the annotation file does not list one of the images, or lists one twice.
     """
     if annotations is None:
         return list(range(1, len(sources) + 1))
-    listed = {str(image["file_name"]): int(image["id"]) for image in read_annotation_file(annotations)["images"]}
-    missing = [source.name for source in sources if source.name.as_posix() not in listed]
+    listed: dict[str, list[int]] = defaultdict(list)
+    for image in read_annotation_file(annotations).images:
+        if is_integer(number := whole_number(image.id)):
+            listed[str(image.file_name)].append(number)
+    missing = [source.name for source in sources if len(set(listed[source.name.as_posix()])) != 1]
     if missing:
-        raise ValueError(f"{annotations} does not list {len(missing)} of the images, the first is {missing[0]}")
-    return [listed[source.name.as_posix()] for source in sources]
+        raise ValueError(f"{annotations} does not list {len(missing)} of the images once, the first is {missing[0]}")
+    return [listed[source.name.as_posix()][0] for source in sources]
 
 
 class Progress:
@@ -152,7 +173,7 @@ def predict_files(
 
 
 def output_path(out: Path, name: Path, taken: set[Path]) -> Path:
-    """A name in ``out`` that no other picture of this call has; PNG where the format is not one to write."""
+    """A name in ``out`` that nothing else in ``taken`` has; PNG where the format is not one to write."""
     suffix = name.suffix if name.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp") else ".png"
     candidate, number = out / name.with_suffix(suffix), 1
     while candidate in taken:
@@ -166,14 +187,16 @@ def run(options: argparse.Namespace) -> int:
     """The command with its options; returns the exit code."""
     if not 0 <= options.threshold <= 1:
         raise ValueError(f"--threshold must lie in [0, 1], got {options.threshold}")
-    sources = find_images(options.images)
+    sources = find_images(options.images, options.out)
     ids = image_numbers(sources, options.annotations)
     detector = Detector(options.resume, device=options.device, batch_size=options.batch_size, overrides=options.set)
     category_ids = [category.id for category in detector.categories]
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     skipped: list[str] = []
-    taken: set[Path] = set()
+    # Without the file that says what was found these pictures are not of an earlier call.
+    earlier = (options.out / RESULTS).exists()
+    taken: set[Path] = set() if earlier else {path for path in options.out.rglob("*") if path.is_file()}
     for index, pixels, found in predict_files(detector, sources, options.threshold, Progress(len(sources))):
         if pixels is None or isinstance(found, str):
             skipped.append(str(found))
@@ -183,12 +206,16 @@ def run(options: argparse.Namespace) -> int:
         if not options.no_pictures:
             target = output_path(options.out, name, taken)
             target.parent.mkdir(parents=True, exist_ok=True)
-            draw(pixels, found, detector.class_names).save(target)
+            with replacing(target) as temporary:  # where a link stands, not what it points to is replaced
+                draw(pixels, found, detector.class_names).save(
+                    temporary, Image.registered_extensions()[target.suffix.lower()]
+                )
     for reason in skipped:
         print(f"skipped {reason}", file=sys.stderr)
     if len(skipped) == len(sources):
         raise ValueError(f"none of the {len(sources)} files can be read as an image")
-    (options.out / "detections.json").write_text(json.dumps(results), encoding="utf-8")
+    with replacing(options.out / RESULTS) as temporary:
+        temporary.write_text(json.dumps(results), encoding="utf-8")
     print(
         f"{len(results)} detections of score {options.threshold:g} or more in {len(sources) - len(skipped)} images"
         f"{f', {len(skipped)} files skipped' if skipped else ''}: {options.out}"
@@ -198,7 +225,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.predict", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.predict", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--resume", type=Path, required=True, help="checkpoint")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to (%(default)s)")
@@ -208,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--annotations", type=Path, help="COCO file that gives the images their ids, by file name")
     parser.add_argument("--no-pictures", action="store_true", help="write detections.json only")
     parser.add_argument("--set", action="append", default=[], metavar="key.path=value", help="configuration override")
+    print_anything()
     options = parser.parse_args(arguments)
     try:
         return run(options)

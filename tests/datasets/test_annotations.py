@@ -14,6 +14,10 @@ from datasets.annotations import (
     read_annotation_file,
     read_categories,
 )
+from engine.coco_metrics import read_ground_truth
+from engine.evaluator import Evaluator
+from ops.coco_file import from_content
+from structures import Detections
 
 CATEGORIES = (Category(4, "cat"), Category(9, "dog"))
 
@@ -28,7 +32,7 @@ def box(annotation_id, bbox, image_id=1, category_id=4, **fields):
 
 def pack(annotations, images=None):
     content = {"images": images or [image()], "annotations": annotations, "categories": []}
-    return pack_annotations(content, "file.json", CATEGORIES)
+    return pack_annotations(from_content(content), "file.json", CATEGORIES)
 
 
 GOOD = [10.0, 20.0, 30.0, 40.0]
@@ -52,11 +56,11 @@ GOOD = [10.0, 20.0, 30.0, 40.0]
         (box(1, [10, 150, 30, 40]), "outside the image"),
         (box(1, GOOD, iscrowd=1), "crowd"),
         (box(1, GOOD, category_id=5), "unknown category"),
-        (box(1, GOOD, category_id=None), "unknown category"),
-        (box(1, GOOD, category_id=[4]), "unknown category"),
+        (box(1, GOOD, category_id=None), "category_id is no whole number"),
+        (box(1, GOOD, category_id="4"), "category_id is no whole number"),
         (box(1, GOOD, image_id=2), "unknown image"),
-        (box(1, GOOD, image_id=None), "unknown image"),
-        (box(1, GOOD, image_id=[1]), "unknown image"),
+        (box(1, GOOD, image_id="1"), "image_id is no whole number"),
+        (box(1, GOOD, image_id=1.5), "image_id is no whole number"),
         ("a string", "not a mapping"),
     ],
 )
@@ -106,12 +110,13 @@ def test_exact_repetitions_are_kept_once():
 
 
 def test_labels_follow_the_ids_not_the_order_in_the_file():
-    content = {"categories": [{"id": 9, "name": "dog"}, {"id": 4}]}
-    assert read_categories(content, "f") == (Category(4, "4"), Category(9, "dog"))
+    content = {"images": [], "categories": [{"id": 9, "name": "dog"}, {"id": 4}]}
+    assert read_categories(from_content(content), "f") == (Category(4, "4"), Category(9, "dog"))
 
 
 def test_one_class():
     content = {"images": [image()], "annotations": [box(1, GOOD)], "categories": [{"id": 4, "name": "cat"}]}
+    content = from_content(content)
     categories = read_categories(content, "f")
     packed, _ = pack_annotations(content, "f", categories)
     assert packed.labels.tolist() == [0]
@@ -169,7 +174,7 @@ def test_contradictory_images_are_refused(images, message):
 )
 def test_unusable_categories_are_refused(categories, message):
     with pytest.raises(ValueError, match=message):
-        read_categories({"categories": categories}, "f")
+        read_categories(from_content({"images": [], "categories": categories}), "f")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +200,7 @@ def test_segmentations_are_not_kept(tmp_path):
     path = tmp_path / "a.json"
     content = {"images": [image()], "annotations": [box(1, GOOD, segmentation=[[1.0] * 1000])]}
     path.write_text(json.dumps(content))
-    assert read_annotation_file(path)["annotations"] == [box(1, GOOD)]
+    assert read_annotation_file(path).annotations.boxes_xywh.tolist() == [GOOD]
 
 
 def test_the_report_keeps_few_examples():
@@ -252,7 +257,7 @@ image_entries = st.fixed_dictionaries(
 def test_whatever_the_file_holds_is_cleaned_or_refused_in_one_line(images, entries):
     refusal = ""
     try:
-        packed, report = pack_annotations({"images": images, "annotations": entries}, "f", CATEGORIES)
+        packed, report = pack_annotations(from_content({"images": images, "annotations": entries}), "f", CATEGORIES)
     except ValueError as error:
         refusal = str(error)
     if refusal:
@@ -271,3 +276,106 @@ def test_whatever_the_file_holds_is_cleaned_or_refused_in_one_line(images, entri
             own, _ = packed.targets(index)
             assert (own[:, [0, 2]] <= width).all()
             assert (own[:, [1, 3]] <= height).all()
+
+
+@pytest.mark.parametrize(
+    ("flag", "crowd", "finding"),
+    [
+        (None, False, ""),
+        (False, False, ""),
+        (0.0, False, ""),
+        (1.0, True, ""),
+        (True, True, ""),
+        ("0", False, "iscrowd written as text"),
+        ("false", False, "iscrowd written as text"),
+        (" True ", True, "iscrowd written as text"),
+        ("1", True, "iscrowd written as text"),
+        ("perhaps", True, "iscrowd that is neither 0 nor 1"),
+        (2, True, "iscrowd that is neither 0 nor 1"),
+        ([0], True, "iscrowd that is neither 0 nor 1"),
+    ],
+)
+def test_training_and_evaluation_read_a_flag_alike(tmp_path, flag, crowd, finding):
+    content = {
+        "images": [image()],
+        "annotations": [box(1, GOOD, iscrowd=flag), box(2, [1, 1, 50, 50])],
+        "categories": [{"id": 4, "name": "cat"}],
+    }
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    packed, report = pack_annotations(read_annotation_file(path), path, CATEGORIES)
+    assert len(packed.labels) == 2 - crowd
+    assert [line for line in report.lines() if finding and finding in line] == [
+        line for line in report.lines() if "crowd, dropped" not in line
+    ]
+    for source in (path, content):
+        assert read_ground_truth(source).columns["iscrowd"].tolist() == [int(crowd), 0]
+
+
+def test_whole_numbers_may_be_written_with_a_point():
+    packed, report = pack(
+        [box(1.0, GOOD, image_id=1.0, category_id=4.0)], [image(1.0, height=100.0, width=200.0, file_name="a.jpg")]
+    )
+    assert (packed.image_ids.tolist(), packed.sizes.tolist(), len(packed.labels)) == ([1], [[100, 200]], 1)
+    assert not report
+
+
+def test_ids_may_be_negative(tmp_path):
+    content = {
+        "images": [image(-7), image(3)],
+        "annotations": [box(1, GOOD, -7, -1), box(2, GOOD, 3, 5)],
+        "categories": [{"id": -1, "name": "ignore"}, {"id": 5, "name": "cat"}],
+    }
+    file = from_content(content)
+    packed, report = pack_annotations(file, "f", read_categories(file, "f"))
+    assert (packed.image_ids.tolist(), packed.labels.tolist()) == ([-7, 3], [0, 1])
+    assert not report
+    evaluator = Evaluator(content, read_categories(file, "f"))
+    found = Detections(torch.ones(1), torch.tensor([0]), torch.tensor([[10.0, 20.0, 40.0, 60.0]]))
+    evaluator.update([-7, 3], [found, found._replace(labels=torch.tensor([1]))])
+    assert evaluator.compute()["per_class"] == {"ignore": pytest.approx(100), "cat": pytest.approx(100)}
+    for number in (2**53, -(2**53), 2**70):
+        with pytest.raises(ValueError, match="less than 53 bits"):
+            read_categories(from_content({**content, "categories": [{"id": number}]}), "f")
+
+
+@pytest.mark.parametrize("size", [{}, {"height": None, "width": None}])
+def test_fractions_for_pixels_are_refused_or_reported(size):
+    fractions = [box(i, [0.1 * i, 0.2, 0.3, 0.4]) for i in range(4)]
+    with pytest.raises(ValueError, match=r"^file\.json: all 4 boxes end within the first pixel .* must be x, y, width"):
+        pack(fractions, [image(**size)])
+    _, report = pack([*fractions, box(9, GOOD)], [image(**size)])
+    assert report.counts["box that ends within the first pixel (a fraction of the image's size?), kept"] == 4
+
+
+def test_corners_for_sizes_are_reported():
+    corners = [box(i, [10 + i, 20 + i, 120 + 10 * i, 90]) for i in range(4)]
+    _, report = pack(corners)
+    assert any("as x1, y1, x2, y2 it would fit" in line for line in report.lines())
+    _, report = pack([*corners, box(9, [100, 50, 10, 10])])  # that one can only be a size
+    assert not any("x1, y1" in line for line in report.lines())
+
+
+def test_areas_of_zero_are_reported_and_not_used():
+    content = {"images": [image()], "annotations": [box(1, GOOD, area=0), box(2, [1, 1, 3, 3], area="9")]}
+    content["categories"] = [{"id": 4, "name": "cat"}]
+    _, report = pack(content["annotations"])
+    assert report.lines() == ["1 x area of zero or less, that of the box is used (annotation 1)"]
+    assert read_ground_truth(content).columns["area"].tolist() == [1200, 9]
+
+
+def test_doubtful_categories_and_files_are_reported():
+    names = ["RBC", "RBC", None, "", 7, "\ufeffWBC"]
+    content = {
+        "images": [image(1), image(2, file_name="1.jpg")],
+        "annotations": [],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(names)],
+    }
+    file = from_content(content)
+    categories = read_categories(file, "f")
+    assert [category.name for category in categories] == ["RBC", "RBC", "2", "3", "4", "WBC"]
+    assert pack_annotations(file, "f", categories)[1].lines() == [
+        "3 x category whose name is empty or no text, named by its id (category 2, category 3, category 4)",
+        "2 x category that shares its name with another, kept apart by its id (category 0: RBC, category 1: RBC)",
+        "1 x file listed as two images, each with its own boxes (1.jpg: images 1 and 2)",
+    ]

@@ -1,5 +1,6 @@
 import json
 import logging
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from datasets import Category, CocoConfig, DataConfig
 from datasets.coco import MAX_REPLACEMENTS, SampleKey
 from datasets.images import UnreadableImageError
 from datasets.transforms import RandomFlip, Resize
+from engine.evaluator import Evaluator
+from structures import Detections
 
 
 def build(folder, split="train", **arguments):
@@ -159,6 +162,47 @@ def test_absent_images(make_folder):
     assert len(val) == 3
     assert "1 x image listed but absent, skipped (001.png)" in train.report.lines()
     assert "1 x image listed but absent, its objects count as missed (001.png)" in val.report.lines()
+
+
+def test_absent_images_are_told_by_their_reason(make_folder):
+    folder = make_folder()
+    for entry in folder.content["images"]:
+        entry["file_name"] = "elsewhere\\" + entry["file_name"]
+    folder.write()
+    with pytest.raises(FileNotFoundError, match=r"folders too many: 000\.png is there\): write the names as"):
+        build(folder)
+    folder.content["images"][0]["file_name"] = "000.png"
+    folder.write()
+    (line,) = build(folder).report.lines()
+    assert line.startswith("2 x image listed but absent, skipped (elsewhere\\001.png, which has folders too many: 001")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_file_without_its_last_bytes_is_used_unless_strict(make_folder, split, caplog):
+    folder = make_folder()
+    path = folder.images / "001.png"
+    path.write_bytes(path.read_bytes()[: -path.stat().st_size // 5])
+    dataset = build(folder, split)
+    assert get(dataset, 1).image_id == get(dataset, 1).image_id == 13
+    assert len(caplog.records) == 1, "said once"
+    assert "001.png: its last bytes are missing" in caplog.text
+    loaded = build(folder, split, strict_images=True)[SampleKey(1, 0)]
+    assert [image_id for image_id, _ in loaded.skipped] == [13]
+
+
+def test_a_class_that_validation_lacks_is_told_once(make_folder, caplog):
+    train, val = make_folder(), make_folder(seed=1)
+    val.content["categories"].pop()
+    val.content["annotations"] = [a for a in val.content["annotations"] if a["category_id"] != 20]
+    val.write()
+    train_set, val_set = DataConfig(train=CocoConfig(**train.paths()), val=CocoConfig(**val.paths())).build_datasets()
+    assert val_set.report.lines() == ["1 x class that this file's categories lack, not measured on it (emu)"]
+    evaluator = Evaluator(str(val.annotations), train_set.categories)
+    found = Detections(torch.ones(3), torch.arange(3), torch.tensor([[1.0, 1, 9, 9]]).repeat(3, 1))
+    evaluator.update(val_set.ids, [found] * 3)
+    with warnings.catch_warnings(record=True) as caught:
+        assert evaluator.compute()["per_class"]["emu"] is None
+    assert not caught
 
 
 def test_files_in_subdirectories_are_found(make_folder):

@@ -1,15 +1,19 @@
 import io
+import os
+import re
 import struct
+import unicodedata
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torchvision.datasets.folder import default_loader
 
 from datasets import images
-from datasets.images import UnreadableImageError, read_image, read_size
+from datasets.image_files import absent_files, explain_absence, image_files
+from datasets.images import UnreadableImageError, decode_image, read_image, read_size
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -114,11 +118,81 @@ def test_damaged_files_give_a_picture_or_one_line(tmp_path, kind):
     assert all("\n" not in message and str(path) in message for message in messages)
 
 
-def test_truncated_jpeg_is_unreadable(tmp_path):
-    path = save(tmp_path / "a.jpg", Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)))
-    path.write_bytes(path.read_bytes()[:-400])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_file_without_its_last_bytes_is_decoded_as_far_as_it_goes(tmp_path, kind):
+    pixels = RNG.integers(1, 256, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / "a"
+    Image.fromarray(pixels).save(path, kind)
+    whole = as_array(read_image(path))
+    path.write_bytes(path.read_bytes()[: -path.stat().st_size // 3])
+    decoded = decode_image(path)
+    lost = int(re.search(r"bytes are missing, (\d+) of its 64 rows are lost", decoded.damage)[1])
+    assert 10 <= lost <= 24
+    assert np.array_equal(as_array(decoded.pixels)[: 64 - lost - 16], whole[: 64 - lost - 16])
+    assert np.array_equal(as_array(read_image(path)), as_array(decoded.pixels))
+    with pytest.raises(UnreadableImageError, match=r"a: .*truncated"):
+        decode_image(path, strict=True)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES, "other users of Pillow are left alone"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
     with pytest.raises(UnreadableImageError, match="truncated"):
-        read_image(path)
+        decode_image(path)
+
+
+def test_no_program_is_started_for_a_file_that_claims_to_be_postscript(tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {ran}\nexit 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n")
+    for reader in (read_image, read_size):
+        with pytest.raises(UnreadableImageError, match=r"a\.jpg: cannot identify"):
+            reader(path)
+    assert not ran.exists()
+    assert not {"EPS", "WMF", "FPX", "MIC"} & set(images.FORMATS)
+
+
+@pytest.mark.parametrize("ending", [".avif", ".jfif", ".jp2", ".jpg", ".png", ".tiff", ".webp"])
+def test_what_can_be_read_is_taken_from_a_folder(tmp_path, ending):
+    kind = Image.registered_extensions()[ending]
+    if kind not in images.FORMATS:
+        pytest.skip(f"this Pillow has no {kind}")
+    path = save(tmp_path / f"a{ending.upper()}", Image.fromarray(COLOURS), format=kind)
+    (tmp_path / f"._a{ending}").write_text("of a Macintosh")
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert image_files(tmp_path) == ([path], 1)
+    assert read_size(path) == (12, 20)
+
+
+def test_folders_behind_symbolic_links_are_searched_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    save(tmp_path / "elsewhere" / "a.png", Image.fromarray(COLOURS))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "train").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "loop").symlink_to(folder, target_is_directory=True)
+    assert image_files(folder) == ([folder / "train" / "a.png"], 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("sub\\a b.png", "backslashes"),
+        ("C:\\data\\sub\\a b.png", "folders too many"),
+        ("/home/else/images/sub/a b.png", "folders too many"),
+        ("images/sub/a b.png", "folders too many"),
+        ("sub/a%20b.png", "escapes such as %20"),
+        ("sub/A b.PNG", "letters' case differs"),
+        (unicodedata.normalize("NFD", "sub/ö.png"), "accents composed otherwise"),
+    ],
+)
+def test_why_an_image_is_absent(tmp_path, name, reason):
+    (tmp_path / "sub").mkdir()
+    for there in ("a b.png", unicodedata.normalize("NFC", "ö.png")):
+        (tmp_path / "sub" / there).touch()
+    assert absent_files(tmp_path, ["sub/a b.png", name]) == [1]
+    assert reason in explain_absence(tmp_path, name)
+    assert explain_absence(tmp_path, "sub/gone.png") == explain_absence(tmp_path, "\0") == ""
 
 
 def test_huge_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from datasets import Category, CleaningReport, CocoDataset
 from datasets.annotations import PackedAnnotations, pack_annotations
 from datasets.coco import SampleKey
+from ops.coco_file import from_content
 
 IMAGES, BOXES_PER_IMAGE, WORKERS = 118_000, 7, 4
 MEBIBYTE = 2**20
@@ -84,7 +85,9 @@ def test_packing_takes_little_more_than_the_boxes():
     images = [{"id": i, "file_name": f"{i:012d}.jpg", "height": 480, "width": 640} for i in range(2000)]
     boxes = rng.uniform(1, 200, (14_000, 4)).round(2).tolist()
     annotations = [{"id": i, "image_id": i // 7, "category_id": 1, "bbox": box} for i, box in enumerate(boxes)]
-    packed, report = pack_annotations({"images": images, "annotations": annotations}, "f", (Category(1, "a"),))
+    packed, report = pack_annotations(
+        from_content({"images": images, "annotations": annotations}), "f", (Category(1, "a"),)
+    )
     assert not report
     assert len(packed.labels) == 14_000
     assert sum(tensor.nbytes for tensor in packed) < 250 * len(images)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets import transforms
+from datasets import sizes, transforms
 from datasets.labelled_image import relative_boxes
-from datasets.sizes import resized_size
+from datasets.sizes import MAX_ASPECT_RATIO, resized_size
 from datasets.transforms import (
     ColourJitter,
     DETRMultiScale,
@@ -127,6 +127,26 @@ def test_extreme_sizes(name, size):
         assert len(result.boxes) == 1
 
 
+@pytest.mark.parametrize("size", [(4, 60000), (20000, 20), (1, 65000)])
+def test_strips_stay_small(size):
+    box = torch.tensor([[0.0, 0.0, size[1], size[0]]])
+    unlimited = RandomResize(short_sides=(200,), max_long_side=None), Resize(short_side=200, max_long_side=None)
+    cropped = DETRMultiScale(crop_probability=1.0, crop_short_sides=(200,), short_sides=(200,), crop_min_size=99)
+    for transform in (*EVERY.values(), *unlimited, cropped, Resize()):
+        image = torch.zeros(3, *size, dtype=torch.uint8)
+        result = apply_transforms((transform,), image, box, torch.tensor([0]), seed=1)
+        assert result.image[0].numel() <= max(4 * size[0] * size[1], MAX_ASPECT_RATIO * 200 * 200)
+        longest = getattr(transform, "max_long_side", None)
+        assert longest is None or max(result.size) <= longest + MAX_ASPECT_RATIO / 2, transform
+
+
+def test_zooming_out_of_huge_pictures_is_bounded(monkeypatch):
+    monkeypatch.setattr(sizes, "MAX_PIXELS", 64 * 96)
+    zoom = RandomZoomOut(probability=1.0, max_scale=4.0)
+    assert max(run(zoom, seed=seed, height=64, width=96).image[0].numel() for seed in range(9)) <= 64 * 96
+    assert max(run(zoom, seed=seed, height=32, width=48).image[0].numel() for seed in range(9)) in range(5000, 6145)
+
+
 def test_flips_twice_are_nothing():
     image, boxes, labels = scene()
     for flip in (RandomFlip(probability=1), RandomVerticalFlip(probability=1), RandomTranspose(probability=1)):
@@ -150,10 +170,10 @@ def detr_size(size, short, longest):
 @given(st.integers(20, 3000), st.integers(20, 3000), st.sampled_from([400, 480, 800]), st.sampled_from([None, 1333]))
 def test_resized_size(height, width, short, longest):
     result = resized_size((height, width), short, longest)
-    if max(height, width) / min(height, width) < 20:
+    if max(height, width) / min(height, width) <= MAX_ASPECT_RATIO:
         assert result == detr_size((height, width), short, longest)
     if longest is not None:
-        assert max(result) <= longest * (1 + 0.5 / max(min(result), 1)) + 1
+        assert max(result) <= longest + MAX_ASPECT_RATIO / 2
     assert result[0] / result[1] == pytest.approx(height / width, rel=1.5 / min(result))
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from datasets import CocoConfig
-from tools.convert_annotations import main, read_class_names, read_yolo, to_coco
+from tools.convert_annotations import main, to_coco
+from tools.label_formats.class_names import read_class_names
+from tools.label_formats.yolo import read_yolo
 
 BCCD = Path(__file__).resolve().parents[3] / "shared" / "data" / "bccd"
 
@@ -76,6 +83,12 @@ def test_voc_looks_up_images_of_stale_names(tmp_path: Path) -> None:
         (VOC.replace("<bndbox><xmin>5.5</xmin>", "<bndbox>"), (), "a.xml: bndbox/xmin is missing"),
         (VOC.replace("<name>ant</name>", ""), (), "a.xml: an object has no name"),
         (VOC.replace("{width}", "0"), (), "give the images' folder with --images"),
+        (VOC.replace("{width}", "inf"), (), "give the images' folder with --images"),
+        (VOC.replace("{name}", "a.xml"), (), "its <filename> is 'a.xml', which is no picture's"),
+        (VOC.replace("<difficult>1", "<difficult>maybe"), (), "<difficult> is 'maybe', neither 0 nor 1"),
+        (VOC.replace("<xmax>8", "<xmax>nan"), (), "bndbox/xmax is 'nan', not a number"),
+        ("<?xml version='1.0' encoding='martian'?>" + VOC, (), "not in the encoding that it states, martian"),
+        (VOC, ("--out", "a.xml"), "must be a file of its own that ends in .json"),
         (VOC, ("--split", "split.txt"), "b.xml: no such file, though"),
         (VOC, ("--classes", "names.txt"), "objects of class 'ant', but the classes are cat"),
         (VOC, ("--images", "."), "neither a.jpg nor another image named a is in"),
@@ -93,7 +106,7 @@ def test_voc_errors_are_one_line_that_names_the_file(
     Path("split.txt").write_text("a  1\nb -1\n")
     Path("names.txt").write_text("cat\n")
     labels = write_voc(tmp_path / "xml", text)
-    assert main(["voc", str(labels), *arguments, "--out", "c.json"]) == 2
+    assert main(["voc", str(labels), "--out", "c.json", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -158,3 +171,207 @@ def test_class_files_without_names(text: str, tmp_path: Path) -> None:
 
 def test_round_trip_of_no_objects() -> None:
     assert to_coco([], ["a"])["categories"] == [{"id": 1, "name": "a"}]
+
+
+NAMES = "cat\ndog\n"
+
+
+@pytest.fixture
+def yolo(tmp_path: Path) -> Path:
+    """A folder with images, labels and names."""
+    (tmp_path / "names.txt").write_text(NAMES)
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (100, 80)).save(tmp_path / "images" / "a.png")
+    return tmp_path
+
+
+def yolo_result(root: Path, *arguments: object) -> tuple[int, dict[str, Any]]:
+    out = root / "out.json"
+    options = ["--images", root / "images", "--classes", root / "names.txt", "--out", out, *arguments]
+    code = main(["yolo", str(root / "labels"), *map(str, options)])
+    return code, json.loads(out.read_text()) if out.exists() else {}
+
+
+@pytest.mark.parametrize("points", ["", " .45 .45 2 .55 .45 2 .55 .55 1 0 0 0", " .45 .45 .55 .55"])
+def test_keypoints_behind_a_box_are_no_polygon(yolo: Path, points: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (yolo / "labels" / "a.txt").write_text(f"0 .5 .5 .2 .2{points}\n" * 2)
+    code, content = yolo_result(yolo)
+    if points:
+        assert code == 2
+        assert "a.txt, line 1: this line" in (error := capsys.readouterr().err)
+        assert "kpt_shape" in error
+        assert "--polygons" in error
+        shape = [4, 3] if len(points.split()) == 12 else [2, 2]
+        (yolo / "names.yaml").write_text(f"kpt_shape: {shape}\nnames: [cat, dog]\n")
+        code, content = yolo_result(yolo, "--classes", yolo / "names.yaml")
+    assert code == 0
+    assert content["annotations"][0]["bbox"] == [40, 32, 20, 16]
+
+
+def test_polygons_of_one_length_may_be_said_to_be_some(yolo: Path) -> None:
+    (yolo / "labels" / "a.txt").write_text("0 .5 .5 .4 .4 .4 .6\n")
+    assert yolo_result(yolo)[0] == 2
+    assert yolo_result(yolo, "--polygons")[1]["annotations"][0]["bbox"] == [40, 32, 10, 16]
+    (yolo / "labels" / "a.txt").write_text("0 .1 .1 .3 .1 .3 .4 .1 .4\n")  # a rectangle is no pose
+    assert yolo_result(yolo)[1]["annotations"][0]["bbox"] == [10, 8, 20, 24]
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_labels_of_a_turned_photograph_reach_the_right_pixels(yolo: Path, orientation: int, square: bool) -> None:
+    """The truth: a bright rectangle, labelled where Pillow shows it upright."""
+    pixels = np.zeros((80, 80 if square else 120, 3), np.uint8)
+    pixels[10:30, 16:72] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = yolo / "images" / "a.png"
+    Image.fromarray(pixels).save(path, exif=exif)
+    with Image.open(path) as picture:
+        upright = np.asarray(ImageOps.exif_transpose(picture))[..., 0] > 0
+    (top, *_, bottom), (left, *_, right) = (np.flatnonzero(upright.any(axis=axis)) for axis in (1, 0))
+    height, width = upright.shape
+    box = (left + right + 1) / 2 / width, (top + bottom + 1) / 2 / height
+    (yolo / "labels" / "a.txt").write_text(
+        f"0 {box[0]} {box[1]} {(right + 1 - left) / width} {(bottom + 1 - top) / height}\n"
+    )
+    assert yolo_result(yolo)[0] == 0
+    sample = CocoConfig(images=str(yolo / "images"), annotations=str(yolo / "out.json")).build(split="train").load(0)
+    x0, y0, x1, y1 = sample[1][0].round().int().tolist()
+    assert sample[0][:, y0:y1, x0:x1].min() == 255
+    assert int(sample[0].sum()) == 255 * 3 * (x1 - x0) * (y1 - y0)
+
+
+def test_class_names_are_taken_word_by_word(tmp_path: Path) -> None:
+    path = tmp_path / "data.yaml"
+    words = ["yes", "no", "on", "off", "007", "1e3", "null", "12:30", "~", "2025-11-25"]
+    path.write_text(f"nc: 10\nnames: [{', '.join(words)}]\n")
+    assert read_class_names(path).names == words
+    path.write_text("names:\n" + "".join(f"  '{index}': {word}\n" for index, word in enumerate(words)))
+    assert read_class_names(path).names == words
+    text = tmp_path / "classes.txt"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        text.write_text("RBC\nGröße\n\n", encoding=encoding)
+        assert read_class_names(text).names == ["RBC", "Größe"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.yaml", b"names: [caf\xe9]", "not text in UTF-8 (byte 0xe9 at place 11); save it as UTF-8"),
+        ("a.yaml", b"names: [a, b, a]", "classes 0 and 2 are both named 'a'"),
+        ("a.yaml", b"names: {0: a, 0: b}", "has no 'names'"),
+        ("a.yaml", b"names: [a, '']", "class 1 has an empty name"),
+        ("a.yaml", b"names: [a, [b]]", "has no 'names'"),
+        ("a.yaml", b"names: [a]\nkpt_shape: 17", "kpt_shape must be"),
+        ("a.txt", b"a\n\nb\n", "class 1 has an empty name"),
+        ("a.txt", b"a\na\n", "classes 0 and 1 are both named 'a'"),
+        ("a.txt", b"\n", "has no names"),
+    ],
+)
+def test_names_that_cannot_be_used_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_class_names(tmp_path / name)
+    assert str(error.value).startswith(str(tmp_path / name))
+
+
+def test_stale_names_in_xml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = write_voc(tmp_path / "xml", name="old.jpg")
+    (labels / "b.XML").write_text((labels / "a.xml").read_text())
+    (labels / "._a.xml").write_bytes(b"\0of a Macintosh")
+    out = tmp_path / "c.json"
+    assert main(["voc", str(labels), "--out", str(out)]) == 2
+    assert "a.xml and " in (error := capsys.readouterr().err)
+    assert "both describe old.jpg" in error
+    assert "--images" in error
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "sub/b.jpg", "old.jpg"):
+        Image.new("RGB", (100, 50)).save(images / name)
+    content = convert(out, "voc", labels, "--images", images)
+    assert [image["file_name"] for image in content["images"]] == ["a.jpg", "sub/b.jpg"]
+    assert "2 x XML file that names another picture" in capsys.readouterr().out
+    Image.new("RGB", (100, 50)).save(images / "b.png")
+    assert main(["voc", str(labels), "--images", str(images), "--out", str(out)]) == 2
+    assert "could both be its picture" in capsys.readouterr().err
+
+
+def test_split_lines_of_every_kind(tmp_path: Path) -> None:
+    labels = write_voc(tmp_path / "xml")
+    text = (labels / "a.xml").read_text()
+    for name in ("b", "my photo 1"):
+        (labels / f"{name}.xml").write_text(text.replace("a.jpg", f"{name}.jpg"))
+    (tmp_path / "split.txt").write_text("JPEGImages/b.jpg\nmy photo 1.jpg\na  -1\n", encoding="utf-8-sig")
+    content = convert(tmp_path / "c.json", "voc", labels, "--split", tmp_path / "split.txt")
+    assert [image["file_name"] for image in content["images"]] == ["b.jpg", "my photo 1.jpg", "a.jpg"]
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "latin-1", "utf-8", "utf-8-sig", "utf-16", "shift_jis"])
+def test_xml_in_any_encoding(tmp_path: Path, encoding: str) -> None:
+    name = {"gbk": "红细胞", "shift_jis": "猫"}.get(encoding, "Größe")
+    labels = write_voc(tmp_path / "xml")
+    text = f"<?xml version='1.0' encoding='{encoding.removesuffix('-sig')}'?>" + VOC.replace("ant", name, 2)
+    (labels / "a.xml").write_bytes(
+        text.format(name="a.jpg", width="100").replace(f"</{name}", "</ant").encode(encoding)
+    )
+    content = convert(tmp_path / "c.json", "voc", labels)
+    assert name in [category["name"] for category in content["categories"]]
+
+
+def test_the_size_in_xml_tells_whether_boxes_were_drawn_upright(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (50, 100)).save(images / "a.jpg", exif=exif)
+    for width, size, word in (("100", (100, 50), ""), ("60", (50, 100), "another size"), ("0", (50, 100), "EXIF")):
+        labels = write_voc(tmp_path / "xml", width=width)
+        (image,) = convert(tmp_path / "c.json", "voc", labels, "--images", images)["images"]
+        assert (image["width"], image["height"]) == size
+        assert word in capsys.readouterr().out
+
+
+def test_two_pictures_of_one_label_file_are_refused(yolo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (10, 10)).save(yolo / "images" / "a.jpg")
+    assert yolo_result(yolo)[0] == 2
+    assert "a.jpg beside it would have the same labels" in capsys.readouterr().err
+
+
+def test_other_texts_beside_the_labels_are_left_out(yolo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (yolo / "labels" / "train.txt").write_text("images/a.png\n")
+    (yolo / "labels" / "a.txt").write_text("0 .5 .5 .2 .2\n", encoding="utf-8-sig")
+    assert len(yolo_result(yolo)[1]["annotations"]) == 1
+    assert "1 x text file that belongs to no image, left out (train.txt)" in capsys.readouterr().out
+
+
+def test_the_converter_says_what_training_will_say(yolo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (yolo / "labels" / "a.txt").write_text("0 .5 .5 .2 0\n0 .9 .5 .6 .2\n1 .5 .5 .2 .2\n")
+    assert yolo_result(yolo)[0] == 0
+    printed = capsys.readouterr().out
+    lines = (
+        CocoConfig(images=str(yolo / "images"), annotations=str(yolo / "out.json")).build(split="train").report.lines()
+    )
+    assert len(lines) == 2
+    assert [line.strip() for line in printed.splitlines()[1:]] == lines
+    before = (yolo / "out.json").read_bytes()
+    (yolo / "labels" / "a.txt").write_text("0 .005 .005 .005 .005\n")
+    assert yolo_result(yolo)[0] == 2
+    assert "seem to be fractions" in capsys.readouterr().err
+    assert (yolo / "out.json").read_bytes() == before
+
+
+def test_class_names_reach_a_terminal_that_lacks_their_letters(yolo: Path) -> None:
+    (yolo / "names.txt").write_text("Größe\n猫\n")
+    (yolo / "labels" / "a.txt").write_text("7 .5 .5 .2 .2\n")
+    command = [sys.executable, "-OO", "-m", "tools.convert_annotations", "yolo", "labels", "--images", "images"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parents[2])}
+    options = ["--classes", "names.txt", "--out", "größe.json"]
+    done = subprocess.run([*command, *options], cwd=yolo, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    (yolo / "labels" / "a.txt").write_text("1 .5 .5 .2 .2\n")
+    done = subprocess.run([*command, *options], cwd=yolo, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "gr\\xf6\\xdfe.json" in done.stdout
