@@ -92,8 +92,11 @@ def annotation_columns(entries: Sequence[Any]) -> AnnotationColumns:
     rows = [_row(entry) for entry in entries]
     numbers = np.array([row[:3] for row in rows], dtype=np.int64).reshape(count, 3)
     odd = np.array([row[6] for row in rows], dtype=np.uint8)
+    ids, image_ids, category_ids = np.ascontiguousarray(numbers.T)
     return AnnotationColumns(
-        *np.ascontiguousarray(numbers.T),
+        ids,
+        image_ids,
+        category_ids,
         np.array([row[3] for row in rows], dtype=np.bool_),
         np.array([row[4] for row in rows], dtype=np.float64).reshape(count, 4),
         np.array([row[5] for row in rows], dtype=np.float64),
@@ -164,4 +167,5 @@ def join_columns(pieces: Sequence[AnnotationColumns]) -> AnnotationColumns:
         if len(shown) < _SHOWN_ODDITIES:
             shown.update((start + index, entry) for index, entry in piece.shown.items())
         start += len(piece.ids)
-    return AnnotationColumns(*(np.concatenate(column) for column in list(zip(*pieces, strict=True))[:-1]), shown)
+    columns: list[Any] = [np.concatenate(column) for column in list(zip(*pieces, strict=True))[:-1]]
+    return AnnotationColumns(*columns, shown)

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -39,6 +39,11 @@ _COMMA = re.compile(rb"[ \t\r\n]*,")
 _LAST_ENTRY = re.compile(rb"\}[ \t\r\n]*\]")
 _NEXT_ENTRY = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*\{")
 _TAKEN = "taken apart: "
+
+_DECODERS: dict[bytes, tuple[Callable[[list[Any]], Any], msgspec.json.Decoder[list[Any]]]] = {
+    b"images": (image_entries, msgspec.json.Decoder(list[ImageEntry])),
+    b"annotations": (annotation_columns, msgspec.json.Decoder(list[PlainAnnotation])),
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -131,10 +136,8 @@ def _in_pieces(file: BinaryIO, path: Path) -> CocoFile:
         if found := _KEY.search(window.bytes):
             rest += window.bytes[: found.end()] + b'"%s%d"' % (_TAKEN.encode(), len(taken))
             window.drop(found.end())
-            convert, kind = (
-                (image_entries, ImageEntry) if found[1] == b"images" else (annotation_columns, PlainAnnotation)
-            )
-            taken.append([convert(entries) for entries in _take(window, msgspec.json.Decoder(list[kind]))])
+            convert, decoder = _DECODERS[found[1]]
+            taken.append([convert(entries) for entries in _take(window, decoder)])
         elif len(window.bytes) > 2 * tail:
             rest += window.bytes[:-tail]
             window.drop(len(window.bytes) - tail)
