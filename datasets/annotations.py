@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ def read_categories(content: CocoFile, path: Path | str) -> tuple[Category, ...]
     return tuple(Category(category_id, names[category_id]) for category_id in sorted(names))
 
 
-def _is_id(value: object) -> bool:
+def _is_id(value: object) -> TypeGuard[int]:
     return is_integer(value) and abs(value) < 2**53  # beyond, a double no longer tells them apart
 
 

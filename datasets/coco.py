@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from datasets.image_files import absent_files, explain_absence
 from datasets.images import UnreadableImageError, decode_image, read_size
 from datasets.labelled_image import relative_boxes
 from datasets.transforms import Transform, apply_transforms
+from ops.annotation_cache import shared
 from ops.coco_columns import NO_CATEGORY_ID
 from ops.coco_file import CocoFile
 
@@ -198,11 +199,7 @@ class CocoConfig:
             ValueError: the annotations cannot be used, or contradict ``categories``.
         """
         self._check_paths(split)
-        content = read_annotation_file(self.annotations)
-        own = read_categories(content, self.annotations)
-        if categories is not None:
-            _check_categories(own, categories, content, self.annotations)
-        packed, report = pack_annotations(content, self.annotations, categories or own)
+        own, packed, report = _read(self.annotations, categories)
         training = split == "train"
         for category in categories or () if categories != own else ():
             if category not in own:
@@ -243,6 +240,25 @@ class CocoConfig:
             raise FileNotFoundError(f"no annotation file {self.annotations}: {hint}")
         if not Path(self.images).is_dir():
             raise FileNotFoundError(f"no image directory {self.images}: {hint}")
+
+
+def _read(
+    path: str, expected: tuple[Category, ...] | None
+) -> tuple[tuple[Category, ...], PackedAnnotations, CleaningReport]:
+    """The categories, annotations and findings of a file; large ones are shared by the processes of a machine."""
+
+    def make() -> dict[str, Any]:
+        content = read_annotation_file(path)
+        own = read_categories(content, path)
+        if expected is not None:
+            _check_categories(own, expected, content, path)
+        packed, report = pack_annotations(content, path, expected or own)
+        categories = [list(category) for category in own]
+        return {"categories": categories, "packed": list(packed), "counts": report.counts, "examples": report.examples}
+
+    made = shared(path, f"packed {expected}", make)
+    own = tuple(Category(*category) for category in made["categories"])
+    return own, PackedAnnotations(*made["packed"]), CleaningReport(made["counts"], made["examples"])
 
 
 def _check_categories(own: tuple[Category, ...], expected: tuple[Category, ...], content: CocoFile, path: str) -> None:

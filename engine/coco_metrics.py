@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ops.annotation_cache import shared
 from ops.coco_columns import NO_BOX, NO_CATEGORY_ID, NO_IMAGE_ID, NO_MAPPING, is_integer, whole_number
-from ops.coco_file import from_content, read_coco_file
+from ops.coco_file import CocoFile, from_content, read_coco_file
 
 MetricBackend = Literal["auto", "hotcoco", "pycocotools"]
 
@@ -31,13 +34,13 @@ Array = NDArray[np.float64]
 class GroundTruth:
     """What detections are compared with, as arrays: only the process that computes metrics makes objects of them."""
 
-    def __init__(self, names: dict[int, str], image_ids: NDArray[np.int64], columns: dict[str, NDArray[Any]]) -> None:
+    def __init__(self, names: dict[int, str], image_ids: Tensor, columns: dict[str, Tensor], unusable: int) -> None:
         self.names = names
         self.image_ids = frozenset(image_ids.tolist())
         """All images, also those without objects."""
-        self.columns = columns
+        self.columns = {key: column.numpy() for key, column in columns.items()}
         """Usable annotations, [n] or [n, 4] each: image_id, category_id, bbox, area, iscrowd."""
-        self.unusable = 0
+        self.unusable = unusable
         """Annotations left out because they have no finite box, or belong to no image or category of the file."""
 
     @property
@@ -97,9 +100,14 @@ def read_ground_truth(annotations: Path | str | dict[str, Any]) -> GroundTruth:
         FileNotFoundError: there is no such file.
         ValueError: it is not a COCO file.
     """
-    file = from_content(annotations) if isinstance(annotations, dict) else read_coco_file(annotations)
+    if isinstance(annotations, dict):
+        return GroundTruth(**_ground_truth(from_content(annotations), "annotations"))
+    path = annotations
+    return GroundTruth(**shared(path, "ground truth", lambda: _ground_truth(read_coco_file(path), path)))
+
+
+def _ground_truth(file: CocoFile, source: Path | str) -> dict[str, Any]:
     if not file.categories:
-        source = "annotations" if isinstance(annotations, dict) else annotations
         raise ValueError(f"{source}: not a COCO annotation file, which has lists of 'images' and 'categories'")
     image_ids = {number for entry in file.images if is_integer(number := whole_number(entry.id))}
     numbered = [(whole_number(entry.get("id")), entry) for entry in file.categories if isinstance(entry, dict)]
@@ -111,19 +119,19 @@ def read_ground_truth(annotations: Path | str | dict[str, Any]) -> GroundTruth:
     usable &= np.isin(columns.image_ids, known_images) & np.isin(columns.category_ids, known_categories)
     boxes, areas = columns.boxes_xywh[usable], columns.areas[usable]
     own_areas = boxes[:, 2] * boxes[:, 3]
-    truth = GroundTruth(
-        names,
-        known_images,
-        {
-            "image_id": columns.image_ids[usable],
-            "category_id": columns.category_ids[usable],
-            "bbox": boxes,
-            "area": np.where(np.isfinite(areas) & ((areas > 0) | (own_areas <= 0)), areas, own_areas),
-            "iscrowd": columns.crowd[usable].astype(np.int64),
-        },
-    )
-    truth.unusable = len(usable) - int(usable.sum())
-    return truth
+    kept = {
+        "image_id": columns.image_ids[usable],
+        "category_id": columns.category_ids[usable],
+        "bbox": boxes,
+        "area": np.where(np.isfinite(areas) & ((areas > 0) | (own_areas <= 0)), areas, own_areas),
+        "iscrowd": columns.crowd[usable].astype(np.int64),
+    }
+    return {
+        "names": names,
+        "image_ids": torch.from_numpy(known_images),
+        "columns": {key: torch.from_numpy(column) for key, column in kept.items()},
+        "unusable": int((~usable).sum()),
+    }
 
 
 def choose_backend(backend: MetricBackend) -> Literal["hotcoco", "pycocotools"]:

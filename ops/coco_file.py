@@ -225,7 +225,11 @@ def _counted_end(text: bytes) -> tuple[int, bool]:
 def _decode(decoder: msgspec.json.Decoder[list[Any]], piece: bytes, guessed: bool = False) -> list[Any] | None:
     """Typed entries, or Python objects where one of them is odd; None if this is no JSON."""
     try:
+        if not piece.isascii():
+            piece.decode()  # msgspec does not look at the fields that it skips
         return decoder.decode(b"[%b]" % piece)
+    except UnicodeDecodeError:
+        return None
     except msgspec.ValidationError:
         pass
     except msgspec.DecodeError:  # no JSON, or only the standard library's, which knows NaN

@@ -128,7 +128,7 @@ def test_a_file_without_its_last_bytes_is_decoded_as_far_as_it_goes(tmp_path, ki
     decoded = decode_image(path)
     lost = int(re.search(r"bytes are missing, (\d+) of its 64 rows are lost", decoded.damage)[1])
     assert 10 <= lost <= 24
-    assert np.array_equal(as_array(decoded.pixels)[: 64 - lost - 16], whole[: 64 - lost - 16])
+    assert np.array_equal(as_array(decoded.pixels)[:28], whole[:28])
     assert np.array_equal(as_array(read_image(path)), as_array(decoded.pixels))
     with pytest.raises(UnreadableImageError, match=r"a: .*truncated"):
         decode_image(path, strict=True)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets import CocoConfig
 from tools import check_data
 
 
@@ -151,6 +152,56 @@ def test_what_training_would_refuse_is_an_error_after_the_report(dirty, tmp_path
         assert all(line.startswith("error: ") for line in found.err.splitlines())
         assert "train: 7 images" in found.out
         assert "samples: " in found.out
+
+
+def test_damaged_and_turned_pictures_are_named(tmp_path, dirty, capsys):
+    images, annotations = dirty
+    upright = Image.Exif()
+    upright[0x0112] = 3
+    Image.new("RGB", (60, 40), "red").save(images / "good.png", exif=upright)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(images / "palette.png")
+    (images / "palette.png").write_bytes((images / "palette.png").read_bytes()[:-1500])
+    page = tmp_path / "page.png"
+    arguments = ["--images", str(images), "--annotations", str(annotations), "--page", str(page), "--processes", "1"]
+    assert check_data.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "1 x image with an EXIF orientation, used as stored: look whether its boxes fit (good.png)" in output
+    assert "1 x image whose file ends too early, used as far as it goes (palette.png: its last bytes are" in output
+
+
+@pytest.mark.parametrize("page", ["images/good.png", "page.txt", "page"])
+def test_the_page_overwrites_no_picture_of_the_data_set(tmp_path, dirty, capsys, page):
+    images, annotations = dirty
+    before = (images / "good.png").read_bytes()
+    arguments = ["--images", str(images), "--annotations", str(annotations), "--processes", "1"]
+    assert check_data.main([*arguments, "--page", str(tmp_path / page)]) == 2
+    assert "--page" in capsys.readouterr().err
+    assert (images / "good.png").read_bytes() == before
+
+
+def test_check_converter_and_training_say_the_same(tmp_path, capsys):
+    """A file that training would refuse, and one that it reports on."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    boxes = ([0.2, 0.2, 0.3, 0.3], [5, 5, 30, 30])
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 64}],
+        "annotations": [{"id": i, "image_id": 1, "category_id": 1, "bbox": box} for i, box in enumerate(boxes)],
+        "categories": [{"id": 1, "name": None}],
+    }
+    path = tmp_path / "a.json"
+    arguments = ["--images", str(tmp_path), "--annotations", str(path), "--no-decode"]
+    path.write_text(json.dumps(content))
+    assert check_data.main(arguments) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()[4:]]
+    assert lines == CocoConfig(images=str(tmp_path), annotations=str(path)).build(split="train").report.lines()
+    assert len(lines) == 2
+    content["annotations"].pop()
+    path.write_text(json.dumps(content))
+    assert check_data.main(arguments) == 2
+    with pytest.raises(ValueError, match="fractions") as error:
+        CocoConfig(images=str(tmp_path), annotations=str(path)).build(split="train")
+    assert capsys.readouterr().err == f"error: {error.value}\n"
 
 
 def test_one_source_is_needed(capsys):

@@ -148,7 +148,8 @@ def test_the_command(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
         "detections.json",
         "sub/a.png",
     ]
-    skipped = captured.err.splitlines()
+    others, *skipped = captured.err.splitlines()
+    assert others == f"{images}: 1 files left out that are no pictures by their endings"
     assert [line.split(":")[0] for line in skipped] == [
         f"skipped {images / 'broken.png'}",
         f"skipped {images / 'text.jpg'}",
@@ -164,6 +165,49 @@ def test_the_command(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
     x0, y0, x1, y1 = expected.boxes_xyxy[0].tolist()
     assert own[0]["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=0.02)
     assert f"{len(results)} detections of score 0.05 or more in 4 images, 2 files skipped" in captured.out
+
+
+def test_photographs_are_never_overwritten(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photographs = {}
+    for name in ("y.jpg", "images/y.jpg", "other/y.jpg"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels(40, 40, len(name))).save(name)
+        photographs[name] = Path(name).read_bytes()
+    Path("linked").mkdir()
+    Path("linked/y.jpg").symlink_to(tmp_path / "other" / "y.jpg")
+
+    def call(*arguments: str) -> int:
+        code = predict.main([*arguments, "--resume", str(tiny_checkpoint), "--device", "cpu", "--threshold", "0"])
+        assert {name: Path(name).read_bytes() for name in photographs} == photographs
+        return code
+
+    for images, out in (("y.jpg", "."), ("images", "images"), ("images/y.jpg", "images"), ("linked/y.jpg", "other")):
+        assert call(images, "--out", out) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert "choose another one with --out" in error
+    # A picture that stands in the folder without a word of an earlier call keeps its name, a link its end.
+    assert call("images", "--out", "other") == 0
+    assert Path("other/y_2.jpg").exists()
+    Path("linked/detections.json").touch()
+    assert call("y.jpg", "--out", "linked") == 0
+    assert not Path("linked/y.jpg").is_symlink()
+
+
+def test_a_second_call_does_not_look_at_what_the_first_one_wrote(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder(tmp_path / "images"))
+    found = []
+    for _ in range(2):
+        assert predict.main([".", "--resume", str(tiny_checkpoint), "--device", "cpu", "--threshold", "0"]) == 0
+        found.append({entry["file_name"] for entry in json.loads(Path("predictions/detections.json").read_text())})
+        written = {str(path) for path in Path("predictions").rglob("*.*")}
+    assert found[0] == found[1] == {"a.png", "b.jpg", "sub/a.png"}
+    assert written == {f"predictions/{name}" for name in ("a.png", "b.jpg", "sub/a.png", "detections.json")}
 
 
 def test_image_ids_of_an_annotation_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
