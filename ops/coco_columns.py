@@ -168,4 +168,4 @@ def join_columns(pieces: Sequence[AnnotationColumns]) -> AnnotationColumns:
             shown.update((start + index, entry) for index, entry in piece.shown.items())
         start += len(piece.ids)
     columns: list[Any] = [np.concatenate(column) for column in list(zip(*pieces, strict=True))[:-1]]
-    return AnnotationColumns(*columns, shown)
+    return AnnotationColumns._make([*columns, shown])
