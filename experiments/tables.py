@@ -1,11 +1,13 @@
-"""One table in the forms that people want: terminal, Markdown, CSV, LaTeX."""
+"""One table in the forms that people want: Markdown (for terminals too), CSV, LaTeX.
+
+pandas writes these forms with two further packages, and would still be told every cell.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from analysis.bootstrap import Interval
@@ -37,42 +39,35 @@ class Comparison(NamedTuple):
 
 
 class Cell(NamedTuple):
+    """An entry of the table."""
+
     text: str
     best: bool = False
     number: bool = True
 
 
-def _best(comparison: Comparison) -> dict[str, float]:
-    """The highest mean of each metric as it is printed; none where all rows are equal."""
-    result = {}
-    for metric in comparison.metrics:
-        means = [round(row.summaries[metric].mean, 2) for row in comparison.rows if row.summaries[metric].values]
-        if len(set(means)) > 1:
-            result[metric] = max(means)
-    return result
-
-
 def _cells(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
-    """(header, rows) of the table for people."""
+    """Lay out the table for people: (header, rows). The best of a column is that of what is printed, unless all tie."""
     rows = comparison.rows
     keys = list(rows[0].group.settings)
-    has_variants = any(row.group.variant is not None for row in rows)
-    header = ["variant"] * has_variants + [short_keys(keys)[key] for key in keys] + ["runs"]
+    variants = any(row.group.variant is not None for row in rows)
+    header = ["variant"] * variants + [short_keys(keys)[key] for key in keys] + ["runs"]
+    texts = [
+        [row.group.variant or ""] * variants + [*map(text_of, row.group.settings.values()), row.group.status()]
+        for row in rows
+    ]
+    body = [[Cell(text, number=False) for text in line] for line in texts]
     for metric in comparison.metrics:
-        header += [metric] + [f"Δ{metric}"] * (metric in comparison.compared)
-    best = _best(comparison)
-    body = []
-    for row in rows:
-        cells = [Cell(row.group.variant or "", number=False)] * has_variants
-        cells += [Cell(text_of(value), number=False) for value in row.group.settings.values()]
-        cells.append(Cell(row.group.status(), number=False))
-        for metric in comparison.metrics:
-            summary = row.summaries[metric]
-            is_best = bool(summary.values) and round(summary.mean, 2) == best.get(metric)
-            cells.append(Cell(_number(summary), is_best))
-            if metric in comparison.compared:
+        means = [round(row.summaries[metric].mean, 2) for row in rows]
+        finite = [mean for mean in means if not math.isnan(mean)]
+        highest = max(finite) if len(set(finite)) > 1 else math.nan
+        header.append(metric)
+        for cells, row, mean in zip(body, rows, means, strict=True):
+            cells.append(Cell(_number(row.summaries[metric]), mean == highest))
+        if metric in comparison.compared:
+            header.append(f"Δ{metric}")
+            for cells, row in zip(body, rows, strict=True):
                 cells.append(Cell("baseline" if row.is_baseline else _difference(row.differences.get(metric))))
-        body.append(cells)
     return header, body
 
 
@@ -92,80 +87,61 @@ def _difference(interval: Interval | None) -> str:
     return text.replace("-", "−")
 
 
-def as_text(comparison: Comparison) -> str:
-    """Aligned columns for a terminal; the best of each column has a star."""
-    header, body = _cells(comparison)
-    texts = [[cell.text + ("*" if cell.best else " " * cell.number) for cell in row] for row in body]
-    widths = [max(len(line[i]) for line in [header, *texts]) for i in range(len(header))]
-    numeric = [cell.number for cell in body[0]]
-    lines = [
-        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)).rstrip()
-        for line in [header, *texts]
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *_notes(comparison, "* best; ")])
-
-
 def as_markdown(comparison: Comparison) -> str:
-    """The best of each column is bold."""
+    """Write the table in Markdown, aligned for terminals too; the best of each column is bold."""
     header, body = _cells(comparison)
-    escaped = [[cell._replace(text=cell.text.replace("|", "\\|")) for cell in row] for row in body]
-    lines = [
-        "| " + " | ".join(header) + " |",
-        "|" + "|".join(" ---: " if cell.number else " --- " for cell in body[0]) + "|",
-        *("| " + " | ".join(f"**{c.text}**" if c.best else c.text for c in row) + " |" for row in escaped),
+    lines = [header, *([f"**{c.text}**" if c.best else c.text.replace("|", "\\|") for c in row] for row in body)]
+    widths = [max(4, *map(len, column)) for column in zip(*lines, strict=True)]
+    right = [cell.number for cell in body[0]]
+    rule = [f"{'-' * (width - 1)}:" if r else "-" * width for width, r in zip(widths, right, strict=True)]
+    padded = [
+        [text.rjust(width) if r else text.ljust(width) for text, width, r in zip(line, widths, right, strict=True)]
+        for line in [lines[0], rule, *lines[1:]]
     ]
-    return "\n".join([*lines, "", *_notes(comparison, "Bold: best. ")]) + "\n"
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in padded), "", *_notes(comparison, "Bold: best; ")]) + "\n"
 
 
 def as_latex(comparison: Comparison) -> str:
-    """A tabular for the booktabs package; the best of each column is bold."""
+    """Write a tabular for the booktabs package; the best of each column is bold."""
     header, body = _cells(comparison)
+    rows = [[rf"\textbf{{{_latex(c.text)}}}" if c.best else _latex(c.text) for c in row] for row in body]
+    lines = [rf"{' & '.join(row)} \\" for row in [[_latex(name) for name in header], *rows]]
     columns = "".join("r" if cell.number else "l" for cell in body[0])
-    lines = [f"\\begin{{tabular}}{{{columns}}}", "\\toprule", _latex_line(header), "\\midrule"]
-    for row in body:
-        texts = [_latex(cell.text) for cell in row]
-        lines.append(
-            " & ".join(f"\\textbf{{{t}}}" if cell.best else t for t, cell in zip(texts, row, strict=True)) + r" \\"
-        )
-    notes = [f"% {note}" for note in _notes(comparison, "bold: best; ")]
-    return "\n".join([*notes, *lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+    head = [*(f"% {note}" for note in _notes(comparison, "bold: best; ")), rf"\begin{{tabular}}{{{columns}}}"]
+    return "\n".join([*head, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _latex_line(header: Sequence[str]) -> str:
-    return " & ".join(_latex(name) for name in header) + r" \\"
-
-
-_LATEX: Mapping[str, str] = {
+_LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "–": "--", "Δ": r"$\Delta$", "α": r"$\alpha$", "τ": r"$\tau$",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def _latex(text: str) -> str:
-    """One cell, every character as itself."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    """Escape a text so that every character stands for itself."""
+    return text.translate(_LATEX)
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Plain numbers, one column each, for other programs."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    keys = list(comparison.rows[0].group.settings)
-    header = ["variant", *keys, "runs", "failed"]
-    for metric in comparison.metrics:
-        header += [metric, f"{metric}_std"]
+    """Write plain numbers, one column each, for other programs."""
     compared = comparison.compared or comparison.metrics[:1]
-    writer.writerow([*header, *(f"{metric}_{name}" for metric in compared for name in Interval._fields)])
+    lines: list[dict[str, object]] = []
     for row in comparison.rows:
-        failed = sum(run.state == "failed" for run in row.group.runs)
-        values: list[object] = [row.group.variant or "", *map(text_of, row.group.settings.values())]
-        values += [len(row.group.finished), failed]
+        line: dict[str, object] = {"variant": row.group.variant or ""}
+        line |= {key: text_of(value) for key, value in row.group.settings.items()}
+        line |= {"runs": len(row.group.finished), "failed": sum(run.state == "failed" for run in row.group.runs)}
         for metric in comparison.metrics:
-            values += [_plain(row.summaries[metric].mean), _plain(row.summaries[metric].deviation)]
+            summary = row.summaries[metric]
+            line |= {metric: _plain(summary.mean), f"{metric}_std": _plain(summary.deviation)}
         for metric in compared:
-            values += map(_plain, row.differences.get(metric, (math.nan,) * 3))
-        writer.writerow(values)
+            values = row.differences.get(metric, Interval(math.nan, math.nan, math.nan))._asdict()
+            line |= {f"{metric}_{name}": _plain(value) for name, value in values.items()}
+        lines.append(line)
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return stream.getvalue()
 
 

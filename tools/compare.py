@@ -18,7 +18,7 @@ from analysis.bootstrap import Interval
 from experiments import intervals
 from experiments.comparison import Group, collect, find_baseline, group, seed_notes, summarise
 from experiments.curves import draw_learning_curves
-from experiments.tables import Comparison, Row, as_csv, as_latex, as_markdown, as_text
+from experiments.tables import Comparison, Row, as_csv, as_latex, as_markdown
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(as_text(comparison))
+    print(as_markdown(comparison))
     print(f"wrote {out}/comparison.{{md,csv,tex}} and {out}/learning_curves.png")
     return 0
 
