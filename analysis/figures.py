@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from analysis.average_precision import RECALLS
 from analysis.best_regressed import SIZES, recall
 from analysis.error_types import ERRORS
-from analysis.matching import IOU_THRESHOLDS
-from analysis.misalignment import BINS, CALIBRATION_BINS, joint_density
+from analysis.misalignment import BINS, joint_density
 from analysis.report import FACTORS, LEAST_IOUS, Report
 from analysis.style import COLOURS, COLUMN, FONT, LINE_STYLES, MARKERS, drawing
 
@@ -23,23 +20,16 @@ POPULATION_NAMES = {"best_regressed": "best-regressed", "most_confident": "N mos
 
 
 def draw_all(directory: Path, reports: Sequence[Report]) -> list[Path]:
-    """Draw every figure into ``directory``; returns the files."""
+    """Draw every figure into ``directory`` and return the files."""
     figures: dict[str, Callable[[Path, Sequence[Report]], None]] = {
         "best_regressed_recall": draw_recall,
         "iou_histograms": draw_histograms,
         "score_iou": draw_joint_density,
-        "calibration": draw_calibration,
-        "oracle": draw_oracle,
         "error_types": draw_errors,
-        "precision_recall": draw_precision_recall,
-        "per_class": draw_per_class,
     }
-    paths = []
     for name, draw in figures.items():
-        path = directory / f"{name}.png"
-        draw(path, reports)
-        paths.append(path)
-    return paths
+        draw(directory / f"{name}.png", reports)
+    return [directory / f"{name}.png" for name in figures]
 
 
 def draw_recall(path: Path, reports: Sequence[Report]) -> None:
@@ -66,15 +56,19 @@ def draw_recall(path: Path, reports: Sequence[Report]) -> None:
         by_size.set(xlabel="size of the target (number of targets)", ylabel="recall (%)")
         by_size.tick_params(labelleft=True)
         pairs = list(zip(handles, bars, strict=True))
-        _legend_above(figure, pairs, list(series), columns=min(len(reports), 4))
+        _legend_above(figure, pairs, list(series))
 
 
 def draw_histograms(path: Path, reports: Sequence[Report]) -> None:
     """IoU of the best-regressed and of the most confident queries with their targets."""
     edges = np.linspace(0, 1, BINS + 1)
-    with _panels(path, len(reports), 1.9) as (_, axes):
+    columns = min(len(reports), 2)
+    rows = math.ceil(len(reports) / columns)
+    with drawing(path, rows, columns, COLUMN * columns, 1.9 * rows + 0.4, sharey=True) as (_, axes):
         highest = 0.0
-        for axis, report in zip(axes, reports, strict=True):
+        for axis in axes.ravel()[len(reports) :]:
+            axis.set_axis_off()
+        for axis, report in zip(axes.ravel(), reports, strict=False):
             for k, (name, title) in enumerate(POPULATION_NAMES.items()):
                 found = report.alignments[name]
                 if found is None:
@@ -85,10 +79,11 @@ def draw_histograms(path: Path, reports: Sequence[Report]) -> None:
                 label = f"{title}, mean {found.mean_iou:.2f}"
                 axis.stairs(share, edges, color=COLOURS[k], linewidth=1.1, label=label, linestyle=LINE_STYLES[k])
             axis.set(title=report.label, xlabel="IoU with the target", xlim=(0, 1), ylabel="queries (%)")
+            axis.tick_params(labelleft=True)
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(loc="upper left")
         # Room for the legend above the highest bar: the panels share their scale.
-        axes[0].set_ylim(0, 1.35 * highest or 1.0)
+        axes[0][0].set_ylim(0, 1.35 * highest or 1.0)
 
 
 def draw_joint_density(path: Path, reports: Sequence[Report]) -> None:
@@ -136,40 +131,6 @@ def _joint_panel(axis: Any, density: Any, highest: float) -> Any:
     return image
 
 
-def draw_calibration(path: Path, reports: Sequence[Report]) -> None:
-    """Mean IoU over mean score of the N most confident queries by range of the score, if it has 1% of them."""
-    with drawing(path, 1, 1, COLUMN, 2.8) as (figure, axes):
-        axis = axes[0][0]
-        lines = axis.plot([0, 1], [0, 1], color="0.4", linewidth=0.9, linestyle=":")
-        names = ["score = IoU"]
-        for i, report in enumerate(reports):
-            found = report.alignments["most_confident"]
-            if found is None:
-                continue
-            full = found.reliability[found.reliability[:, 0] >= 0.01 * found.queries]
-            lines += axis.plot(full[:, 1], full[:, 2], LINE_STYLES[i % 4], color=COLOURS[i], marker=MARKERS[i])
-            names.append(f"{report.label}, calibration error {found.calibration_error:.2f}")
-        axis.set(
-            title="N most confident queries",
-            xlabel=f"mean score (queries grouped by ranges of {1 / CALIBRATION_BINS:g})",
-            ylabel="mean IoU with the target",
-            xlim=(0, 1),
-            ylim=(0, 1),
-        )
-        _legend_above(figure, lines, names, columns=1)
-
-
-def draw_oracle(path: Path, reports: Sequence[Report]) -> None:
-    """AP as it is, and with better scores for the same boxes."""
-    names = ["as it is", "score = IoU\nif matched\nby score", "score = IoU\nif matched\nby IoU"]
-    names.append("by IoU, and\nunmatched\nranked last")
-    series = {report.label: list(report.oracle) for report in reports}
-    with drawing(path, 1, 1, COLUMN, 2.5) as (figure, axes):
-        bars = _bars(axes[0][0], names, series, COLOURS, HATCHES, numbers="{:.1f}")
-        axes[0][0].set(ylabel="AP (%)")
-        _legend_above(figure, bars, list(series))
-
-
 def draw_errors(path: Path, reports: Sequence[Report]) -> None:
     """What each kind of error costs (left) and how often it occurs among confident detections (right)."""
     with drawing(path, 1, 2, 2 * COLUMN, 2.5) as (figure, axes):
@@ -185,82 +146,21 @@ def draw_errors(path: Path, reports: Sequence[Report]) -> None:
         _legend_above(figure, bars, list(series))
 
 
-def draw_precision_recall(path: Path, reports: Sequence[Report]) -> None:
-    """Precision over recall at some IoU thresholds, mean over classes."""
-    shown = (0, 3, 5, 7, 9)
-    with _panels(path, len(reports), 2.3) as (figure, axes):
-        for axis, report in zip(axes, reports, strict=True):
-            lines = []
-            for k, t in enumerate(shown):
-                style = LINE_STYLES[k % len(LINE_STYLES)]
-                lines += axis.plot(100 * RECALLS, 100 * report.precision[t], style, color=COLOURS[k])
-            values = ", ".join(f"{100 * report.precision[t].mean():.1f}" for t in shown)
-            axis.set_title(f"{report.label}\nAP (%): {values}", fontsize=FONT)
-            axis.set(xlabel="recall (%)", ylabel="precision (%)", xlim=(0, 100), ylim=(0, 102))
-        names = [f"{IOU_THRESHOLDS[t]:.2f}" for t in shown]
-        title = "IoU threshold (AP in this order)"
-        _legend_above(figure, lines, names, columns=len(shown), title=title)
-
-
-def draw_per_class(path: Path, reports: Sequence[Report], most: int = 40) -> None:
-    """AP of every class and by size; of very many classes those where the first report is worst."""
-    means = [
-        {name: float(np.mean([_or_nan(x) for x in values])) for name, values in report.per_class.items()}
-        for report in reports
-    ]
-    known = [name for name, value in means[0].items() if not np.isnan(value)]
-    shown = sorted(known, key=lambda name: means[0][name])[:most]
-    metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    few = len(shown) <= 8
-    with drawing(path, 2, 1, 2 * COLUMN, 4.4 if few else 5.0) as (figure, axes):
-        by_class, by_size = axes[0][0], axes[1][0]
-        series = {report.label: [mean[name] for name in shown] for report, mean in zip(reports, means, strict=True)}
-        numbers = [reports[0].objects_per_class[name] for name in shown]
-        names = [f"{name}{chr(10) if few else ' '}({n})" for name, n in zip(shown, numbers, strict=True)]
-        bars = _bars(by_class, names, series, COLOURS, HATCHES, numbers="{:.1f}" if few else None)
-        title = "" if len(shown) == len(known) else f", the lowest {len(shown)} of {len(known)}"
-        by_class.set(ylabel="AP (%)", xlabel=f"class (number of objects){title}")
-        by_class.tick_params(axis="x", rotation=0 if few else 90)
-        series = {report.label: [_or_nan(report.metrics.get(metric)) for metric in metrics] for report in reports}
-        _bars(by_size, metrics, series, COLOURS, HATCHES, numbers="{:.1f}")
-        by_size.set(ylabel="AP (%)", xlabel="all, by IoU threshold, and by size of the object")
-        _legend_above(figure, bars, list(series))
-
-
-@contextmanager
-def _panels(path: Path, count: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
-    """A figure with a panel for each report, in one or two columns of a paper, with shared scales."""
-    columns = min(count, 2)
-    rows = math.ceil(count / columns)
-    with drawing(path, rows, columns, COLUMN * columns, height * rows + 0.4, sharey=True) as (figure, axes):
-        every = list(axes.ravel())
-        for axis in every[count:]:
-            axis.set_axis_off()
-        for axis in every[:count]:
-            axis.tick_params(labelleft=True)
-        yield figure, every[:count]
-
-
-def _legend_above(figure: Any, handles: Sequence[Any], labels: list[str], columns: int = 4, title: str = "") -> None:
-    """One legend for all panels, in fewer columns where labels are long; a tuple of handles stands for both parts."""
+def _legend_above(figure: Any, handles: Sequence[Any], labels: list[str]) -> None:
+    """Draw one legend for all panels, in fewer columns where labels are long; a tuple of handles stands for both."""
     from matplotlib.legend_handler import HandlerTuple
 
     # In points: the handle with its margins, and about half the size of the font for each letter.
     entry = 6 * FONT + 0.55 * FONT * max(len(label) for label in labels)
-    columns = max(1, min(columns, len(labels), int(72 * figure.get_figwidth() / entry)))
-
+    columns = max(1, min(4, len(labels), int(72 * figure.get_figwidth() / entry)))
     figure.legend(
-        list(handles), labels, loc="outside upper center", ncols=columns, title=title or None,
-        title_fontsize=FONT - 0.5, handler_map={tuple: HandlerTuple(ndivide=None, pad=0.4)}, handlelength=3.2,
+        list(handles), labels, loc="outside upper center", ncols=columns,
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0.4)}, handlelength=3.2,
     )  # fmt: skip
 
 
 def _percent(share: float | None) -> float:
     return float("nan") if share is None else 100 * share
-
-
-def _or_nan(value: float | None) -> float:
-    return float("nan") if value is None else value
 
 
 def _bars(

@@ -60,17 +60,17 @@ class Report(NamedTuple):
     label: str
     categories: tuple[str, ...]
     metrics: dict[str, Any]
-    """Of the evaluator."""
+    """Metrics of the evaluator."""
     best: BestRegressed
-    """Of all images."""
+    """Best-regressed queries of all images."""
     populations: dict[str, tuple[Floats, Floats]]
-    """(score, IoU) of queries: best_regressed, most_confident."""
+    """(score, IoU) of two populations of queries: best_regressed, most_confident."""
     alignments: dict[str, Alignment | None]
-    """Of each population."""
+    """What scores tell of IoUs in each population."""
     oracle: OracleGap
     errors: ErrorReport
     image_errors: list[ImageErrors]
-    """Of each image, in the order of the observations; confident detections only."""
+    """Errors of each image, in the order of the observations; those of confident detections only."""
     precision: Floats
     """[T, 101] precision over recall, mean over classes with objects."""
     per_class: dict[str, list[float | None]]
@@ -106,18 +106,18 @@ def make_report(
     matched = match_dataset(objects, detections, num_classes)
     precision, per_class = _precision(matched, categories)
     return Report(
-        label,
-        tuple(categories),
-        metrics,
-        best,
-        populations,
-        {name: alignment(*population) for name, population in populations.items()},
-        oracle_gap(objects, detections, num_classes),
-        error_report(errors, num_classes, threshold),
-        [above(image, threshold) for image in errors],
-        precision,
-        per_class,
-        {name: int(found.objects.sum()) for name, found in zip(categories, matched.classes, strict=True)},
+        label=label,
+        categories=tuple(categories),
+        metrics=metrics,
+        best=best,
+        populations=populations,
+        alignments={name: alignment(*population) for name, population in populations.items()},
+        oracle=oracle_gap(objects, detections, num_classes),
+        errors=error_report(errors, num_classes, threshold),
+        image_errors=[above(image, threshold) for image in errors],
+        precision=precision,
+        per_class=per_class,
+        objects_per_class={n: int(found.objects.sum()) for n, found in zip(categories, matched.classes, strict=True)},
     )
 
 
@@ -189,19 +189,13 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def scalars(report: Report) -> dict[str, float]:
-    """The numbers worth a curve, by name, for TensorBoard."""
+def headline(report: Report) -> dict[str, float]:
+    """The few numbers to print, by name; those that are not defined are left out."""
+    confident = report.alignments["most_confident"]
     values: dict[str, float | None] = {
         "AP": report.metrics.get("AP"),
-        **{f"oracle/{name}": value for name, value in report.oracle._asdict().items()},
+        "AP with aligned scores": report.oracle.matched_by_iou,
+        "best-regressed recall in top N": recall(report.best, 1),
+        "Spearman": None if confident is None else confident.spearman,
     }
-    for factor in FACTORS:
-        for least in LEAST_IOUS:
-            values[f"best_regressed_recall/{_factor(factor)}/IoU>={least:g}"] = recall(report.best, factor, least)
-    for name, found in report.alignments.items():
-        if found is not None:
-            values[f"{name}/spearman"] = found.spearman
-            values[f"{name}/calibration_error"] = found.calibration_error
-            values[f"{name}/mean_iou"] = found.mean_iou
-    values.update({f"error_cost/{name}": value for name, value in report.errors.cost.items()})
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}

@@ -1,8 +1,8 @@
 """What a checkpoint gets wrong, and whether its scores tell how well its boxes fit.
 
-python -m tools.analyze --resume A.pth [B.pth …] --out analysis/NAME writes analysis.json, figures (PNG) and TensorBoard
-events: recall of best-regressed samples, misalignment of score and IoU, what it costs in AP, error types, per-class
-AP, precision-recall curves, sampling points, worst images. Several checkpoints stand side by side in every figure.
+python -m tools.analyze --resume A.pth [B.pth …] --out analysis/NAME writes analysis.json (recall of best-regressed
+samples, misalignment of score and IoU, what it costs in AP, error types, per-class AP, precision-recall curves) and
+figures of it, of sampling points and of the worst images. Several checkpoints stand side by side in every figure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from analysis.figures import draw_all
 from analysis.looking import ChosenTarget, LookingQuery, LookingRow, chosen_targets, draw_sampling, looking_query
 from analysis.matching import Floats, ImageDetections
 from analysis.pages import Picture, draw_worst
-from analysis.report import Observation, Report, as_json, make_report, observe, scalars
+from analysis.report import Observation, Report, as_json, headline, make_report, observe
 from analysis.sampling import recorded
 from analysis.style import COLOURS
 from datasets import Category, CocoDataset
@@ -236,9 +236,8 @@ def run(args: argparse.Namespace) -> None:
         *draw_all(args.out, reports),
         *_draw_pages(args.out, subjects[0].dataset, images, reports, results, chosen),
     ]
-    _write_events(args.out, reports, figures)
     for report in reports:
-        print(f"{report.label}: " + ", ".join(f"{name} {value:.3g}" for name, value in _headline(report).items()))
+        print(f"{report.label}: " + ", ".join(f"{name} {value:.3g}" for name, value in headline(report).items()))
     print(f"wrote analysis.json and {len(figures)} figures to {args.out}")
 
 
@@ -273,31 +272,6 @@ def _draw_pages(
         paths.append(out / "sampling_points.png")
         draw_sampling(paths[1], [report.label for report in reports], rows)
     return paths
-
-
-def _write_events(out: Path, reports: Sequence[Report], figures: Sequence[Path]) -> None:
-    """TensorBoard: numbers by checkpoint, and all figures."""
-    from torch.utils.tensorboard import SummaryWriter
-    from torchvision.io import ImageReadMode, read_image
-
-    for report in reports:
-        with SummaryWriter(str(out / "events" / report.label.replace("/", "_"))) as board:
-            for name, value in scalars(report).items():
-                board.add_scalar(f"analysis/{name}", value)
-    with SummaryWriter(str(out / "events" / "figures")) as board:
-        for path in figures:
-            board.add_image(path.stem, read_image(str(path), ImageReadMode.RGB))
-
-
-def _headline(report: Report) -> dict[str, float]:
-    values = scalars(report)
-    names = {
-        "AP": "AP",
-        "AP with aligned scores": "oracle/matched_by_iou",
-        "best-regressed recall in top N": "best_regressed_recall/N/IoU>=0",
-        "Spearman": "most_confident/spearman",
-    }
-    return {title: values[name] for title, name in names.items() if name in values}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from analysis import style
-from analysis.figures import draw_all, draw_calibration, draw_errors, draw_joint_density, draw_per_class, draw_recall
+from analysis.figures import draw_all, draw_errors, draw_histograms, draw_joint_density, draw_recall
 from analysis.matching import ImageDetections, ImageObjects
 from analysis.pages import Picture, draw_worst, errors_of_kind, worst_images
-from analysis.report import Report, as_json, make_report, observe, scalars
+from analysis.report import Report, as_json, headline, make_report, observe
 
 NAMES = ("disc", "star")
 METRICS = {"AP": 40.0, "AP50": 60.0, "AP75": 42.0, "APs": None, "APm": 30.0, "APl": 55.0}
@@ -66,12 +66,13 @@ def test_the_numbers_of_the_report(reports):
     json.dumps(sure, allow_nan=False)
 
 
-def test_scalars_are_finite_and_named(reports):
-    values = scalars(reports[0])
-    assert values["best_regressed_recall/2N/IoU>=0"] == 1.0
-    assert values["oracle/as_is"] == pytest.approx(reports[0].oracle.as_is)
-    assert "best_regressed/spearman" not in values  # all scores are equal
+def test_the_headline_has_what_is_defined(reports):
+    values = headline(reports[0])
+    assert values["AP with aligned scores"] == pytest.approx(reports[0].oracle.matched_by_iou)
+    assert values["AP"] == METRICS["AP"]
     assert np.isfinite(list(values.values())).all()
+    nothing = make_report("empty", observations(True)[-1:], NAMES, dict.fromkeys(METRICS), 0.3)
+    assert headline(nothing).keys() <= {"AP with aligned scores"}
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_figures_of_one_report_without_anything_found(tmp_path):
     some = observations(True)[-1:]
     report = make_report("empty", some, NAMES, dict.fromkeys(METRICS), 0.3)
     assert (report.errors.counts["background"], report.alignments["best_regressed"]) == (1, None)
-    for draw in (draw_recall, draw_joint_density, draw_calibration, draw_per_class):
+    for draw in (draw_recall, draw_histograms, draw_joint_density, draw_errors):
         draw(tmp_path / "figure.png", [report])
     json.dumps(as_json(report), allow_nan=False)
 
@@ -103,7 +104,7 @@ def test_figures_of_one_report_without_anything_found(tmp_path):
 @pytest.mark.usefixtures("coarse")
 def test_as_many_reports_as_there_are_colours(reports, tmp_path):
     many = [reports[0]._replace(label=f"a long label {i}") for i in range(len(style.COLOURS))]
-    for draw in (draw_recall, draw_errors, draw_calibration):
+    for draw in (draw_recall, draw_histograms, draw_errors):
         draw(tmp_path / "figure.png", many)
         with Image.open(tmp_path / "figure.png") as image:
             pixels = np.asarray(image.convert("L"))

@@ -44,8 +44,7 @@ schedule: {name: cosine, steps: 2, warmup_steps: 0}
 trainer: {eval_every_steps: 2, log_every: 1, device: cpu}
 """
 FIGURES = (
-    "best_regressed_recall", "iou_histograms", "score_iou", "calibration", "oracle", "error_types", "precision_recall",
-    "per_class", "worst_images", "sampling_points",
+    "best_regressed_recall", "iou_histograms", "score_iou", "error_types", "worst_images", "sampling_points",
 )  # fmt: skip
 
 
@@ -108,7 +107,6 @@ def test_sweep_compare_and_analyze(swept, monkeypatch, capsys):
         assert np.mean(means) == pytest.approx(entry["metrics"]["AP"], abs=1e-6)
     for name in FIGURES:
         assert (swept / "analysis" / f"{name}.png").stat().st_size > 1000
-    assert len(list((swept / "analysis" / "events").rglob("events.out.tfevents.*"))) == 3
 
 
 @pytest.mark.slow
