@@ -1,4 +1,10 @@
-"""Kinds of errors and what each costs, in the manner of TIDE (Bolya et al., arXiv 2008.08115, section 2)."""
+"""Kinds of errors and what each costs, in the manner of TIDE (Bolya et al., arXiv 2008.08115, section 2).
+
+hotcoco has `COCOeval.tide_errors`, whose counts and costs agree with these where there are neither ties nor crowds.
+This file stands beside it for three reasons: it says of each detection and object what is wrong, where hotcoco gives
+sums; a test holds it to tidecv, the published code, whose order of tests it follows; and it matches as everything else
+here does, by `analysis/matching.py`, so that its AP50 is that of the evaluation with ties and crowds too.
+"""
 
 from __future__ import annotations
 

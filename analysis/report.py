@@ -18,7 +18,7 @@ from analysis.best_regressed import (
     most_confident,
     recall,
 )
-from analysis.error_types import ErrorReport, ImageErrors, above, classify_errors, error_report
+from analysis.error_types import ErrorReport, classify_errors, error_report
 from analysis.matching import IOU_THRESHOLDS, Floats, ImageDetections, ImageObjects
 from analysis.misalignment import Alignment, alignment
 from analysis.oracle import OracleGap, oracle_gap
@@ -69,8 +69,6 @@ class Report(NamedTuple):
     """What scores tell of IoUs in each population."""
     oracle: OracleGap
     errors: ErrorReport
-    image_errors: list[ImageErrors]
-    """Errors of each image, in the order of the observations; those of confident detections only."""
     precision: Floats
     """[T, 101] precision over recall, mean over classes with objects."""
     per_class: dict[str, list[float | None]]
@@ -102,7 +100,6 @@ def make_report(
     score = np.concatenate([o.confident.score for o in observations])
     iou = np.concatenate([o.confident.iou for o in observations])
     populations = {"best_regressed": (best.score[best.found], best.iou[best.found]), "most_confident": (score, iou)}
-    errors = [classify_errors(o, d) for o, d in zip(objects, detections, strict=True)]
     matched = match_dataset(objects, detections, num_classes)
     precision, per_class = _precision(matched, categories)
     return Report(
@@ -113,8 +110,7 @@ def make_report(
         populations=populations,
         alignments={name: alignment(*population) for name, population in populations.items()},
         oracle=oracle_gap(objects, detections, num_classes),
-        errors=error_report(errors, num_classes, threshold),
-        image_errors=[above(image, threshold) for image in errors],
+        errors=error_report([*map(classify_errors, objects, detections)], num_classes, threshold),
         precision=precision,
         per_class=per_class,
         objects_per_class={n: int(found.objects.sum()) for n, found in zip(categories, matched.classes, strict=True)},

@@ -2,7 +2,7 @@
 
 python -m tools.analyze --resume A.pth [B.pth …] --out analysis/NAME writes analysis.json (recall of best-regressed
 samples, misalignment of score and IoU, what it costs in AP, error types, per-class AP, precision-recall curves) and
-figures of it, of sampling points and of the worst images. Several checkpoints stand side by side in every figure.
+figures of it and of sampling points. Several checkpoints stand side by side in every figure.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from analysis.detections_file import ImageInfo, annotated_images
 from analysis.figures import draw_all
 from analysis.looking import ChosenTarget, LookingQuery, LookingRow, chosen_targets, draw_sampling, looking_query
 from analysis.matching import Floats, ImageDetections
-from analysis.pages import Picture, draw_worst
-from analysis.report import Observation, Report, as_json, headline, make_report, observe
+from analysis.pages import Picture
+from analysis.report import Observation, as_json, headline, make_report, observe
 from analysis.sampling import recorded
 from analysis.style import COLOURS
-from datasets import Category, CocoDataset
+from datasets import CocoDataset
 from datasets.images import UnreadableImageError
 from engine import checkpoint, distributed
 from engine.evaluator import Evaluator
@@ -37,6 +37,7 @@ from models import Detector
 from ops.boxes import cxcywh_to_xyxy
 from ops.ms_deform_attn import set_default_backend
 from structures import Batch, DetectorOutputs, Looking
+from tools.detector import load_model
 
 PROGRESS_SECONDS = 20.0
 
@@ -98,16 +99,12 @@ def load_subject(path: Path, label: str, overrides: Sequence[str]) -> Subject:
     Raises:
         ValueError: the checkpoint or its data cannot be used.
     """
-    loaded = checkpoint.load(path)
-    cfg = config.from_dict(loaded.state["config"], overrides, str(path))
-    categories = tuple(Category(*category) for category in loaded.state["categories"])
+    model, cfg, categories = load_model(path, overrides)
     device = distributed.choose_device(cfg.trainer.device)
     configure_device(device, tf32=cfg.trainer.tf32, deterministic=cfg.trainer.deterministic)
     set_default_backend(cfg.op_backend)
     dataset = cfg.data.val.build(split="val", categories=categories)
-    model = cfg.model.build(len(categories), load_backbone=False)
-    checkpoint.load_evaluated_weights(model, loaded)
-    return Subject(label, cfg, model.to(device).eval(), dataset, device)
+    return Subject(label, cfg, model.to(device), dataset, device)
 
 
 def observe_subject(subject: Subject, images: Sequence[ImageInfo], chosen: Sequence[ChosenTarget] = ()) -> Observed:
@@ -232,46 +229,38 @@ def run(args: argparse.Namespace) -> None:
         "threshold": args.threshold,
     }
     (args.out / "analysis.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    figures = [
-        *draw_all(args.out, reports),
-        *_draw_pages(args.out, subjects[0].dataset, images, reports, results, chosen),
-    ]
+    figures = draw_all(args.out, reports)
+    if chosen:
+        figures.append(args.out / "sampling_points.png")
+        _draw_sampling(figures[-1], subjects[0].dataset, images, labels, results, chosen)
     for report in reports:
         print(f"{report.label}: " + ", ".join(f"{name} {value:.3g}" for name, value in headline(report).items()))
     print(f"wrote analysis.json and {len(figures)} figures to {args.out}")
 
 
-def _draw_pages(
-    out: Path,
+def _draw_sampling(
+    path: Path,
     dataset: CocoDataset,
     images: Sequence[ImageInfo],
-    reports: Sequence[Report],
+    labels: Sequence[str],
     results: Sequence[Observed],
     chosen: Sequence[ChosenTarget],
-) -> list[Path]:
-    place = {image_id: i for i, image_id in enumerate(dataset.ids)}
-
-    def picture(image_id: int) -> Picture:
-        try:
-            pixels, _, _, size = dataset.load(place[image_id])
-        except UnreadableImageError:
-            height, width = (side or 1 for side in dataset.stated_size(place[image_id]))
-            return Picture(np.full((height, width, 3), 128, dtype=np.uint8), (height, width))
-        return Picture(pixels.permute(1, 2, 0).numpy(), size)
-
-    paths = [out / "worst_images.png"]
-    draw_worst(paths[0], reports, [i.objects for i in images], lambda index: picture(images[index].image_id))
+) -> None:
+    """Draw where each checkpoint looks for the chosen targets."""
     objects = {image.image_id: image.objects for image in images}
     rows = []
     for target in chosen:
-        found = objects[target.image_id]
+        found, index = objects[target.image_id], dataset.ids.index(target.image_id)
+        try:
+            pixels, _, _, size = dataset.load(index)
+            picture = Picture(pixels.permute(1, 2, 0).numpy(), size)
+        except UnreadableImageError:
+            height, width = (side or 1 for side in dataset.stated_size(index))
+            picture = Picture(np.full((height, width, 3), 128, dtype=np.uint8), (height, width))
         name = dataset.categories[found.labels[target.place]].name
         queries = [result.looking.get(target) for result in results]
-        rows.append(LookingRow(f"{name} ({target})", picture(target.image_id), found.boxes_xyxy[target.place], queries))
-    if rows:
-        paths.append(out / "sampling_points.png")
-        draw_sampling(paths[1], [report.label for report in reports], rows)
-    return paths
+        rows.append(LookingRow(f"{name} ({target})", picture, found.boxes_xyxy[target.place], queries))
+    draw_sampling(path, labels, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,6 @@ from PIL import Image
 from analysis import style
 from analysis.figures import draw_all, draw_errors, draw_histograms, draw_joint_density, draw_recall
 from analysis.matching import ImageDetections, ImageObjects
-from analysis.pages import Picture, draw_worst, errors_of_kind, worst_images
 from analysis.report import Report, as_json, headline, make_report, observe
 
 NAMES = ("disc", "star")
@@ -110,40 +109,3 @@ def test_as_many_reports_as_there_are_colours(reports, tmp_path):
             pixels = np.asarray(image.convert("L"))
         # Nothing, and least of all the legend, runs into the borders.
         assert min(pixels[:, 0].min(), pixels[:, -1].min(), pixels[0].min(), pixels[-1].min()) > 250
-
-
-def test_worst_images_are_those_with_the_surest_errors(reports):
-    errors = reports[0].image_errors
-    duplicate, background, missed = 3, 4, 5
-    assert worst_images(errors, background) == [6]
-    assert worst_images(errors, missed) == []
-    assert worst_images(errors, duplicate) == [0, 1, 2, 3, 4, 5]
-    assert errors_of_kind(errors[0], duplicate).tolist() == [1]
-
-
-def test_images_show_the_errors_of_confident_detections_only():
-    errors = make_report("unsure", observations(True), NAMES, METRICS, 0.75).image_errors
-    assert worst_images(errors, kind=3) == worst_images(errors, kind=4) == []
-    errors = make_report("unsure", observations(False), NAMES, METRICS, 0.85).image_errors
-    missed = 5
-    assert worst_images(errors, missed) == [0, 1, 2, 3, 4, 5]
-    assert errors_of_kind(errors[0], missed).tolist() == [0]
-
-
-@pytest.mark.usefixtures("coarse")
-def test_page_of_worst_images_has_rows_for_the_errors_there_are(reports, tmp_path):
-    picture = Picture(np.full((32, 32, 3), 90, dtype=np.uint8), (64, 64))
-    objects = [observation.objects for observation in observations(True)]
-    asked: list[int] = []
-
-    def image(index: int) -> Picture:
-        asked.append(index)
-        return picture
-
-    draw_worst(tmp_path / "worst.png", reports, objects, image)
-    # Two duplicates of each report, and the one image with a false detection.
-    assert sorted(asked) == [0, 0, 1, 1, 6, 6]
-    with Image.open(tmp_path / "worst.png") as page:
-        assert page.size == (int(2 * style.COLUMN * style.DPI), int((2 * 1.62 + 0.35) * style.DPI))
-    perfect = [report._replace(image_errors=[]) for report in reports]
-    draw_worst(tmp_path / "none.png", perfect, [], image)

@@ -44,7 +44,7 @@ schedule: {name: cosine, steps: 2, warmup_steps: 0}
 trainer: {eval_every_steps: 2, log_every: 1, device: cpu}
 """
 FIGURES = (
-    "best_regressed_recall", "iou_histograms", "score_iou", "error_types", "worst_images", "sampling_points",
+    "best_regressed_recall", "iou_histograms", "score_iou", "error_types", "sampling_points",
 )  # fmt: skip
 
 
