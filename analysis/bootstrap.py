@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,15 +73,12 @@ def _precision(found: _ClassHits, weights: Floats) -> Floats | None:
     return result
 
 
-def resampled_precision(
-    dataset: MatchedDataset, weights: Floats, progress: Callable[[int], None] = lambda done: None
-) -> Floats:
+def resampled_precision(dataset: MatchedDataset, weights: Floats) -> Floats:
     """[S, T] AP in percent at each threshold of IoU on each resample; NaN where a resample has no object.
 
     Args:
         dataset: matched at T thresholds.
         weights: [S, I] how often each image counts in each resample.
-        progress: is told after each resample how many are done.
     """
     classes = [_class_hits(found) for found in without_tail(dataset).classes]
     result = np.full((len(weights), len(dataset.classes[0].correct)), np.nan)
@@ -89,7 +86,6 @@ def resampled_precision(
         precisions = [p for found in classes if (p := _precision(found, weight)) is not None]
         if precisions:
             result[s] = 100 * np.mean(precisions, axis=0)
-        progress(s + 1)
     return result
 
 

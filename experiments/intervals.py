@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
-import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from analysis.average_precision import MatchedDataset, average_precision, match_dataset
+from analysis.average_precision import average_precision, match_dataset
 from analysis.bootstrap import Interval, paired_interval, resampled_precision, resamples
 from analysis.detections_file import annotated_images, detections_by_image, read_rows
 from analysis.matching import IOU_THRESHOLDS, Floats
-from engine.coco_metrics import GroundTruth, read_ground_truth
+from engine.coco_metrics import read_ground_truth
 from engine.runs.run_directory import DETECTIONS
 from engine.whole_files import replacing
 from experiments.comparison import Group, summarise, value_of
@@ -25,14 +25,13 @@ from experiments.runs import Run
 RESAMPLED = "detections_resampled.npz"
 """Beside the detections: their AP on the resamples, which takes long where images are many."""
 METRICS = ("AP", "AP50", "AP75")
-"""Those that have intervals."""
+"""Metrics that have intervals."""
 TOLERANCE = 0.02
 """Percent of AP by which detections may disagree with the metrics that were logged for them (they are rounded)."""
-REPORT_SECONDS = 10.0
 
 
 class Intervals:
-    """Of differences in AP, AP50 and AP75, all from the same resamples of the validation images."""
+    """Intervals of differences in AP, AP50 and AP75, all from the same resamples of the validation images."""
 
     def __init__(self, samples: int, confidence: float, say: Callable[[str], None]) -> None:
         """Prepare; nothing is read yet.
@@ -44,11 +43,11 @@ class Intervals:
         """
         self.samples, self.confidence, self.say = samples, confidence, say
         self.problems: dict[str, None] = {}  # why intervals are missing, in the order in which that was found
-        self._truth: dict[str, GroundTruth] = {}
+        self._truth = functools.cache(read_ground_truth)
         self._resampled: dict[Path, Floats | None] = {}
 
     def between(self, one: Group, baseline: Group, metric: str) -> Interval:
-        """The difference in a metric of the last evaluations; without bounds where detections are not at hand."""
+        """Compare a metric of the last evaluations; without bounds where detections are not at hand."""
         first, second = (summarise(g.finished, metric, "last").values for g in (one, baseline))
         if not first or not second:
             return Interval(math.nan, math.nan, math.nan)
@@ -81,36 +80,26 @@ class Intervals:
         return self._resampled[run.directory]
 
     def _read_or_make(self, run: Run) -> Floats:
-        rows = read_rows(run.directory / DETECTIONS)
-        annotations = _annotations(run)
-        assert annotations is not None
-        key = _key(run.directory / DETECTIONS, Path(annotations), self.samples)
+        path, annotations = run.directory / DETECTIONS, str(_annotations(run))
+        rows = read_rows(path)
+        # What resampled AP depends on.
+        key = " ".join([hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (path, annotations)])
+        key = f"{key} {self.samples}"
         kept = _read(run.directory / RESAMPLED, key)
         if kept is None:
-            if annotations not in self._truth:
-                self._truth[annotations] = read_ground_truth(annotations)
-            truth = self._truth[annotations]
+            truth = self._truth(annotations)
             images = annotated_images(truth, truth.category_ids)
             found = detections_by_image(rows, [image.image_id for image in images], truth.category_ids)
             matched = match_dataset([image.objects for image in images], found, len(truth.category_ids))
-            own = 100 * average_precision(matched)
-            _check(run, own)
-            kept = own, self._resample(run, matched)
-            _write(run.directory / RESAMPLED, key, *kept)
+            precision = 100 * average_precision(matched)
+            _check(run, precision)
+            self.say(f"resampling {run.directory.name} …")
+            kept = precision, resampled_precision(matched, resamples(matched.num_images, self.samples))
+            # It may be somebody else's run, that may only be read.
+            with contextlib.suppress(OSError), replacing(run.directory / RESAMPLED) as new, new.open("wb") as file:
+                np.savez(file, key=np.array(key), precision=np.array(precision), resampled=kept[1])
         _check(run, kept[0])
         return kept[1]
-
-    def _resample(self, run: Run, matched: MatchedDataset) -> Floats:
-        reported = time.monotonic()
-
-        def progress(done: int) -> None:
-            nonlocal reported
-            if time.monotonic() - reported >= REPORT_SECONDS:
-                reported = time.monotonic()
-                self.say(f"resampling {run.directory.name}: {done} of {self.samples}")
-
-        self.say(f"resampling {run.directory.name} …")
-        return resampled_precision(matched, resamples(matched.num_images, self.samples), progress)
 
 
 def _annotations(run: Run) -> str | None:
@@ -121,24 +110,20 @@ def _annotations(run: Run) -> str | None:
 
 
 def _of_metric(values: Floats, metric: str) -> Floats:
-    """[samples] of [samples, T]."""
+    """Select a metric, [samples], from AP at each threshold, [samples, T]."""
     if metric == "AP":
         return values.mean(axis=1)
     threshold = int(metric.removeprefix("AP")) / 100
     return values[:, int(np.abs(IOU_THRESHOLDS - threshold).argmin())]
 
 
-def _check(run: Run, own: float) -> None:
+def _check(run: Run, precision: float) -> None:
     """Raise ValueError if the detections are not those of the evaluation that counts."""
     logged = value_of(run, "AP", "last")
-    if logged is None or abs(own - logged) > TOLERANCE:
-        raise ValueError(f"{run.directory / DETECTIONS} gives AP {own:.2f}, not that of the last evaluation ({logged})")
-
-
-def _key(detections: Path, annotations: Path, samples: int) -> str:
-    """What resampled AP depends on."""
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (detections, annotations)]
-    return " ".join([*hashes, str(samples)])
+    if logged is None or abs(precision - logged) > TOLERANCE:
+        raise ValueError(
+            f"{run.directory / DETECTIONS} gives AP {precision:.2f}, not that of the last evaluation ({logged})"
+        )
 
 
 def _read(path: Path, key: str) -> tuple[float, Floats] | None:
@@ -150,9 +135,3 @@ def _read(path: Path, key: str) -> tuple[float, Floats] | None:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # it is not there, or damaged: it will be made anew
     return None
-
-
-def _write(path: Path, key: str, precision: float, resampled: Floats) -> None:
-    # It may be somebody else's run, that may only be read.
-    with contextlib.suppress(OSError), replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, key=np.array(key), precision=np.array(precision), resampled=resampled)
