@@ -60,7 +60,7 @@ def by_confidence(scores: Floats) -> Integers:
 
 
 def best_regressed(scores: Floats, boxes_xyxy: Floats, objects: ImageObjects) -> BestRegressed:
-    """The best-regressed query of each target of an image; of equal overlaps the more confident query.
+    """Find the best-regressed query of each target of an image; of equal overlaps the more confident query.
 
     Args:
         scores: [Q, C] in [0, 1] of all queries.
@@ -84,7 +84,7 @@ def best_regressed(scores: Floats, boxes_xyxy: Floats, objects: ImageObjects) ->
 
 
 def most_confident(scores: Floats, boxes_xyxy: Floats, objects: ImageObjects) -> MostConfident:
-    """The N most confident queries of an image with N targets; arguments as in :func:`best_regressed`."""
+    """Find the N most confident queries of an image with N targets; arguments as in :func:`best_regressed`."""
     targets = objects.boxes_xyxy[~objects.crowd]
     query = by_confidence(scores)[: len(targets)]
     iou = pairwise_iou(boxes_xyxy[query], targets).max(axis=1, initial=0)
@@ -92,7 +92,7 @@ def most_confident(scores: Floats, boxes_xyxy: Floats, objects: ImageObjects) ->
 
 
 def join(parts: Sequence[BestRegressed]) -> BestRegressed:
-    """Those of several images as one."""
+    """Join the best-regressed queries of several images."""
     return BestRegressed(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 

@@ -25,7 +25,7 @@ class Interval(NamedTuple):
 
 
 def resamples(num_images: int, samples: int, seed: int = 0) -> Floats:
-    """[samples, num_images] how often each image is drawn when ``num_images`` are drawn with replacement."""
+    """Count how often, [samples, num_images], each image is drawn when ``num_images`` are drawn with replacement."""
     drawn = np.random.default_rng(seed).multinomial(num_images, np.full(num_images, 1 / num_images), size=samples)
     return drawn.astype(np.float64)
 

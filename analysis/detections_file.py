@@ -21,7 +21,7 @@ class ImageInfo(NamedTuple):
 
 
 def annotated_images(truth: GroundTruth, category_ids: Sequence[int]) -> list[ImageInfo]:
-    """The images in the order of their ids, each with its objects.
+    """List the images in the order of their ids, each with its objects.
 
     Args:
         truth: the annotations as they are evaluated.
@@ -66,7 +66,7 @@ def detections_by_image(rows: Floats, image_ids: Sequence[int], category_ids: Se
 
 
 def rows_of(detections: Sequence[ImageDetections], image_ids: Sequence[int], category_ids: Sequence[int]) -> Floats:
-    """The inverse of :func:`detections_by_image`: [n, 7]."""
+    """Invert :func:`detections_by_image`: rows [n, 7]."""
     ids = np.asarray(category_ids, dtype=np.float64)
     parts = [np.empty((0, 7))]
     for image_id, found in zip(image_ids, detections, strict=True):
@@ -86,7 +86,7 @@ def rows_of(detections: Sequence[ImageDetections], image_ids: Sequence[int], cat
 
 
 def read_rows(path: Path) -> Floats:
-    """The detections that a run's last evaluation left behind, as rows [n, 7] of :func:`detections_by_image`.
+    """Read the detections that a run's last evaluation left behind, as rows [n, 7] of :func:`detections_by_image`.
 
     Raises:
         ValueError: the file cannot be read as such.

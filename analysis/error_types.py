@@ -104,7 +104,7 @@ class ErrorReport(NamedTuple):
     ap50: float
     """In percent, without any correction."""
     counts: dict[str, int]
-    """Of all detections."""
+    """Errors of all detections."""
     threshold: float
     confident_counts: dict[str, int]
     """If there were no detections with a score below the threshold: fewer errors, but more missed objects."""

@@ -33,7 +33,7 @@ def draw_all(directory: Path, reports: Sequence[Report]) -> list[Path]:
 
 
 def draw_recall(path: Path, reports: Sequence[Report]) -> None:
-    """Recall of best-regressed samples by their IoU (left) and by the size of the target (right)."""
+    """Draw the recall of best-regressed samples by their IoU (left) and by the size of the target (right)."""
     with drawing(path, 1, 2, 2 * COLUMN, 2.5, sharey=True) as (figure, axes):
         by_iou, by_size = axes[0]
         series, handles = {}, []
@@ -60,7 +60,7 @@ def draw_recall(path: Path, reports: Sequence[Report]) -> None:
 
 
 def draw_histograms(path: Path, reports: Sequence[Report]) -> None:
-    """IoU of the best-regressed and of the most confident queries with their targets."""
+    """Draw the IoU of the best-regressed and of the most confident queries with their targets."""
     edges = np.linspace(0, 1, BINS + 1)
     columns = min(len(reports), 2)
     rows = math.ceil(len(reports) / columns)
@@ -87,7 +87,7 @@ def draw_histograms(path: Path, reports: Sequence[Report]) -> None:
 
 
 def draw_joint_density(path: Path, reports: Sequence[Report]) -> None:
-    """Score against IoU of both populations: a density with marginals, its scale shared by all panels."""
+    """Draw score against IoU of both populations: a density with marginals, its scale shared by all panels."""
     rows = list(POPULATION_NAMES)
     densities = [[joint_density(*report.populations[name]) for report in reports] for name in rows]
     highest = max(float(density.max()) for row in densities for density in row) or 1.0
@@ -108,7 +108,7 @@ def draw_joint_density(path: Path, reports: Sequence[Report]) -> None:
 
 
 def _joint_panel(axis: Any, density: Any, highest: float) -> Any:
-    """Density with histograms of score (above) and IoU (right) along its edges."""
+    """Draw a density with histograms of score (above) and IoU (right) along its edges."""
     from matplotlib.colors import PowerNorm
 
     # A square-root scale: most queries sit in few cells, the others are what one looks for.
@@ -132,7 +132,7 @@ def _joint_panel(axis: Any, density: Any, highest: float) -> Any:
 
 
 def draw_errors(path: Path, reports: Sequence[Report]) -> None:
-    """What each kind of error costs (left) and how often it occurs among confident detections (right)."""
+    """Draw what each kind of error costs (left) and how often it occurs among confident detections (right)."""
     with drawing(path, 1, 2, 2 * COLUMN, 2.5) as (figure, axes):
         cost, count = axes[0]
         series = {report.label: [report.errors.cost[name] for name in ERRORS] for report in reports}
@@ -171,7 +171,7 @@ def _bars(
     hatches: Sequence[str],
     numbers: str | None = None,
 ) -> list[Any]:
-    """Groups of bars, one group a name, one bar a series; returns the bars of each series.
+    """Draw groups of bars, one group a name, one bar a series; return the bars of each series.
 
     ``numbers`` is the format of the values above the bars, for which there is room with up to four series.
     """

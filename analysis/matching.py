@@ -12,7 +12,7 @@ Integers = NDArray[np.int64]
 Booleans = NDArray[np.bool_]
 
 IOU_THRESHOLDS: Floats = np.linspace(0.5, 0.95, 10)
-"""Those over which COCO's AP is averaged."""
+"""Thresholds of IoU over which COCO's AP is averaged."""
 MAX_DETECTIONS = 100
 """Per image, the best; COCO ignores the rest."""
 
@@ -41,7 +41,7 @@ class ImageDetections(NamedTuple):
     """[N, 4] in pixels of the original image."""
 
     def best(self, count: int = MAX_DETECTIONS) -> ImageDetections:
-        """The ``count`` with the highest scores, best first; equal scores stay in order."""
+        """Select the ``count`` detections with the highest scores, best first; equal scores stay in order."""
         order = np.argsort(-self.scores, kind="stable")[:count]
         return ImageDetections(self.scores[order], self.labels[order], self.boxes_xyxy[order])
 

@@ -47,7 +47,7 @@ def best_matches(objects: ImageObjects, detections: ImageDetections) -> tuple[In
 
 
 def matches_of_evaluation(objects: ImageObjects, detections: ImageDetections) -> tuple[Integers, Floats]:
-    """The matches by which AP50 is computed: in the order of scores; returns as :func:`best_matches`.
+    """Make the matches by which AP50 is computed, in the order of scores; returns as :func:`best_matches`.
 
     Args:
         objects: of the image.

@@ -72,9 +72,9 @@ class Report(NamedTuple):
     precision: Floats
     """[T, 101] precision over recall, mean over classes with objects."""
     per_class: dict[str, list[float | None]]
-    """By class, AP in percent at each threshold of ``IOU_THRESHOLDS``; None without objects."""
+    """AP of each class in percent at each threshold of ``IOU_THRESHOLDS``; None without objects."""
     objects_per_class: dict[str, int]
-    """By class, crowds not counted."""
+    """Number of objects of each class, crowds not counted."""
 
 
 def make_report(
@@ -186,7 +186,7 @@ def _plain(value: Any) -> Any:
 
 
 def headline(report: Report) -> dict[str, float]:
-    """The few numbers to print, by name; those that are not defined are left out."""
+    """Select the few numbers to print, by name; those that are not defined are left out."""
     confident = report.alignments["most_confident"]
     values: dict[str, float | None] = {
         "AP": report.metrics.get("AP"),

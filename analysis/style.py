@@ -45,7 +45,7 @@ _SETTINGS: Any = {
 
 @contextmanager
 def drawing(path: Path, rows: int, columns: int, width: float, height: float, **grid: Any) -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes [rows, columns]; at the end it is written to ``path`` as a whole or not at all.
+    """Open a figure with axes [rows, columns]; at the end it is written to ``path`` as a whole or not at all.
 
     Args:
         path: PNG file.

@@ -33,7 +33,7 @@ class Sample(NamedTuple):
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+    """List a process and all that descend from it."""
     found, queue = [], [pid]
     while queue:
         current = queue.pop()
@@ -47,7 +47,7 @@ def family(pid: int) -> list[int]:
 
 
 def measure(pid: int, seconds: float) -> Sample:
-    """Sums over the family of a process; processes that end meanwhile do not count."""
+    """Sum over the family of a process; processes that end meanwhile do not count."""
     memory, handles, threads, processes = 0.0, 0, 0, 0
     for member in family(pid):
         root = Path(f"/proc/{member}")
@@ -62,14 +62,14 @@ def measure(pid: int, seconds: float) -> Sample:
 
 
 def slope(samples: Sequence[Sample], field: str) -> float:
-    """Growth an hour by least squares."""
+    """Fit the growth an hour by least squares."""
     hours = [sample.seconds / 3600 for sample in samples]
     values = [float(getattr(sample, field)) for sample in samples]
     return statistics.linear_regression(hours, values).slope
 
 
 def summarise(samples: Sequence[Sample], settle: float) -> dict[str, dict[str, float]]:
-    """Level and growth of each quantity once ``settle`` seconds have passed: the first and the last quarter hour's
+    """Find level and growth of each quantity once ``settle`` seconds have passed: the first and the last quarter hour's
     medians, the highest value, and the slope an hour."""
     settled = [sample for sample in samples if sample.seconds >= settle]
     if len(settled) < 4:
@@ -106,7 +106,7 @@ def soak(command: Sequence[str], minutes: float, every: float) -> tuple[list[Sam
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="stop the command after so long (default 60)")
     parser.add_argument("--every", type=float, default=15, help="seconds between samples (default 15)")

@@ -26,7 +26,7 @@ class Member(NamedTuple):
 
     run: Run
     variant: str | None
-    """Of the sweep file."""
+    """Name of its variant in the sweep file."""
     config: dict[str, Any]
     """Flat, without what does not change the result; empty if unknown."""
 
@@ -79,7 +79,7 @@ class Summary(NamedTuple):
 
 
 def collect(paths: Sequence[Path], decode: Decode | None = None) -> tuple[list[Member], str | None]:
-    """The runs of sweeps, of directories of runs, and single runs; and the baseline that a sweep names.
+    """Collect the runs of sweeps, of directories of runs, and single runs; and the baseline that a sweep names.
 
     Args:
         paths: of sweeps, directories that hold run directories, or run directories.
@@ -153,7 +153,7 @@ def differing_keys(members: Sequence[Member]) -> list[str]:
 
 
 def group(members: Sequence[Member]) -> list[Group]:
-    """Groups in the order in which they first appear."""
+    """Gather runs that differ in their seed only, in the order in which they first appear."""
     keys = differing_keys(members)
     groups: dict[str, Group] = {}
     for member in members:
@@ -164,7 +164,7 @@ def group(members: Sequence[Member]) -> list[Group]:
 
 
 def seed_notes(groups: Sequence[Group]) -> list[str]:
-    """What a reader has to know about the seeds: whether rows rest on different ones, or on one more than once."""
+    """Tell a reader about the seeds: whether rows rest on different ones, or on one more than once."""
     rows = [one for one in groups if one.seeds]
     notes = []
     if len({tuple(dict.fromkeys(one.seeds)) for one in rows}) > 1:
@@ -180,13 +180,13 @@ def seed_notes(groups: Sequence[Group]) -> list[str]:
 
 
 def summarise(runs: Sequence[Run], metric: str, at: At) -> Summary:
-    """A metric over finished runs; those without it (no such objects) do not count."""
+    """Summarise a metric over finished runs; those without it (no such objects) do not count."""
     values = [value for run in runs if (value := value_of(run, metric, at)) is not None]
     return Summary(tuple(values))
 
 
 def value_of(run: Run, metric: str, at: At) -> float | None:
-    """A metric of a run's last evaluation, or of the one with the highest AP."""
+    """Select a metric of a run's last evaluation, or of the one with the highest AP."""
     evals = [record for record in run.evals if record.get("AP") is not None]
     if not evals:
         return None
@@ -233,7 +233,7 @@ def _comparable(value: Any) -> str:
 
 
 def text_of(value: Any) -> str:
-    """A value of a configuration for people."""
+    """Write a value of a configuration for people."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -18,13 +18,13 @@ class Curve(NamedTuple):
     epochs: list[float]
     means: list[float]
     deviations: list[float]
-    """Of the sample; 0 for a single run."""
+    """Standard deviations of the sample; 0 for a single run."""
     runs: int
-    """Those that contribute."""
+    """Number of runs that contribute."""
 
 
 def learning_curve(runs: Sequence[Run], metric: str) -> Curve:
-    """The curve of some runs, unfinished ones included; empty if they share no evaluation."""
+    """Make the curve of some runs, unfinished ones included; empty if they share no evaluation."""
     by_run = [{r["epoch"]: r[metric] for r in run.evals if r.get(metric) is not None} for run in runs]
     by_run = [values for values in by_run if values]
     shared = sorted(set.intersection(*(set(values) for values in by_run))) if by_run else []

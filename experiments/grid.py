@@ -75,7 +75,7 @@ def _split(text: str, whole: str) -> list[str]:
 
 
 def parse_grid(axes: Sequence[str]) -> Grid:
-    """The grid of several axes.
+    """Make the grid of several axes.
 
     Raises:
         ValueError: an axis is malformed or given twice.

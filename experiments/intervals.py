@@ -70,7 +70,7 @@ class Intervals:
         return paired_interval(first, second, resampled[:count], resampled[count:], self.confidence)
 
     def _of(self, run: Run) -> Floats | None:
-        """[samples, T] AP on the resamples at each threshold; None if the run's detections cannot be used."""
+        """Look up AP on the resamples, [samples, T], at each threshold; None if the run's detections cannot be used."""
         if run.directory not in self._resampled:
             try:
                 self._resampled[run.directory] = self._read_or_make(run)

@@ -194,7 +194,7 @@ class Launcher:
         return process
 
     def _environment(self, slot: int) -> dict[str, str]:
-        """Runs side by side share the cores, and each has GPUs of its own."""
+        """Share the cores out among runs side by side, and give each GPUs of its own."""
         environment, jobs, processes = dict(os.environ), self.launch.jobs, self.launch.processes
         environment.setdefault(SHUTDOWN_TIMEOUT, str(SECONDS_TO_STOP))
         if jobs > 1:

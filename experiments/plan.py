@@ -31,7 +31,7 @@ class PlannedRun(NamedTuple):
     name: str
     """Its directory below that of the sweep."""
     variant: str | None
-    """Of the sweep file; None where there are no variants."""
+    """Name of its variant in the sweep file; None where there are no variants."""
     overrides: tuple[str, ...]
     """``key=value``, without the output directory."""
 
@@ -45,21 +45,21 @@ class Plan(NamedTuple):
     runs: tuple[PlannedRun, ...]
 
     def directory(self, run: PlannedRun) -> Path:
-        """Output directory of a run."""
+        """Name the output directory of a run."""
         return self.out / run.name
 
     def outcome_file(self, run: PlannedRun) -> Path:
-        """What became of the run when it was last started: JSON with ``exit_code``, and perhaps ``message`` and
+        """Name the file that says how the run last ended: JSON with ``exit_code``, and perhaps ``message`` and
         ``stopped``: whether it was asked to stop (torchrun's exit code does not tell)."""
         return self.out / STATE_DIRECTORY / f"{run.name}.json"
 
     def log_file(self, run: PlannedRun) -> Path:
-        """Everything the run printed."""
+        """Name the file of everything the run printed."""
         return self.out / STATE_DIRECTORY / f"{run.name}.log"
 
 
 def make_plan(sweep: Sweep, out: Path, decode: Decode) -> Plan:
-    """Every variant with every combination of the grid, each decoded to see that it is valid.
+    """Combine every variant with every combination of the grid, each decoded to see that it is valid.
 
     Raises:
         ValueError: a combination is not a valid configuration, or two are the same.
@@ -89,7 +89,7 @@ def make_plan(sweep: Sweep, out: Path, decode: Decode) -> Plan:
 
 
 def resolve_all(plan: Plan, decode: Decode) -> dict[str, dict[str, Any]]:
-    """The resolved configuration of every run, by name.
+    """Resolve the configuration of every run, by name.
 
     Raises:
         ValueError: one is not valid, or two are the same.
@@ -110,12 +110,12 @@ def resolve_all(plan: Plan, decode: Decode) -> dict[str, dict[str, Any]]:
 
 
 def _identity(values: Mapping[str, Any]) -> str:
-    """The same for resolved configurations that teach the same."""
+    """Make a text that is the same for resolved configurations that teach the same."""
     return json.dumps(without_machine(values), sort_keys=True)
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys; lists are values."""
+    """Write nested mappings as one, with dotted keys; lists are values."""
     if not isinstance(values, Mapping):
         return {prefix: values}
     if not values and prefix:
@@ -127,12 +127,12 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def without_machine(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved configuration, flattened, without what does not change the result."""
+    """Flatten a resolved configuration, without what does not change the result."""
     return {key: value for key, value in flatten(values).items() if key not in MACHINE_KEYS}
 
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """For each dotted key its shortest ending that no other of the keys has."""
+    """Find for each dotted key its shortest ending that no other of the keys has."""
     result = {}
     for key in keys:
         parts = key.split(".")
@@ -144,7 +144,7 @@ def short_keys(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _names(rows: Sequence[tuple[str | None, Mapping[str, str]]]) -> list[str]:
-    """Directory names, such as focal_seed-0; told apart by a hash where the values are no good for names."""
+    """Make directory names, such as focal_seed-0; told apart by a hash where the values are no good for names."""
     short = short_keys(list(rows[0][1]))
     names = []
     for variant, chosen in rows:
@@ -176,7 +176,7 @@ def write_manifest(plan: Plan) -> None:
 
 
 def read_manifest(out: Path) -> Plan | None:
-    """The plan that a sweep's directory holds, None if it holds none.
+    """Read the plan that a sweep's directory holds, None if it holds none.
 
     Raises:
         ValueError: its manifest is damaged.
@@ -193,7 +193,7 @@ def read_manifest(out: Path) -> Plan | None:
 
 
 def extend(old: Plan, new: Plan, decode: Decode) -> Plan:
-    """The runs of both, those of the old plan first: a sweep may grow.
+    """Join the runs of both, those of the old plan first: a sweep may grow.
 
     A run is known by its resolved configuration, and keeps the name that it had, in whatever way it is asked for: with
     other axes their names are others.

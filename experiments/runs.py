@@ -33,7 +33,7 @@ class Run(NamedTuple):
     evals: list[dict[str, Any]]
     """Records of evaluations, by step."""
     environment: dict[str, Any]
-    """Of the last start; empty if unknown."""
+    """Record of the last start's environment; empty if unknown."""
 
 
 def read_run(directory: Path, outcome_file: Path | None = None) -> Run:

@@ -23,14 +23,14 @@ class Sweep:
     baseline: str | None = None
     """Variant, or ``key=value`` of the grid, with which the others are compared."""
     overrides: dict[str, str] = field(default_factory=dict)
-    """For all runs."""
+    """Overrides for all runs."""
     variants: dict[str, dict[str, str]] = field(default_factory=dict)
     """Overrides by the name of the variant; none where all variation is in the grid."""
     grid: Grid = field(default_factory=dict)
     """Values of further keys, crossed with the variants."""
 
     def updated(self, axes: Grid) -> Sweep:
-        """With the keys of the command line in place of the file's: one value overrides, several are an axis."""
+        """Put the keys of the command line in place of the file's: one value overrides, several are an axis."""
         for name, settings in self.variants.items():
             if both := sorted(settings.keys() & axes.keys()):
                 raise ValueError(f"{both[0]} is set by the variant '{name}' and cannot be varied as well")
@@ -91,7 +91,7 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _read_values(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's top-level keys laid over those of its base; paths are made relative to the working directory."""
+    """Lay the file's top-level keys over those of its base; paths are made relative to the working directory."""
     if path.resolve() in below:
         raise ValueError(f"{path}: 'base' files form a circle")
     try:
@@ -116,7 +116,7 @@ def _read_values(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _shortened(path: Path) -> Path:
-    """Without ``..``, and relative to the working directory where it is below it: as a person would write it."""
+    """Write a path as a person would: without ``..``, and relative to the working directory where it is below it."""
     resolved = path.resolve()
     here = Path.cwd()
     return resolved.relative_to(here) if resolved.is_relative_to(here) else resolved
@@ -133,7 +133,7 @@ def _overrides(value: Any, where: str) -> dict[str, str]:
 
 
 def _axis(key: str, value: Any, where: str) -> list[str]:
-    """Values of a grid key: a list, or text as on the command line (``0..2``)."""
+    """Read the values of a grid key: a list, or text as on the command line (``0..2``)."""
     if not isinstance(value, (list, str)):
         raise ValueError(f"{where}: expected a list of values or a range such as 0..2, found {value!r}")
     try:
@@ -147,7 +147,7 @@ def _axis(key: str, value: Any, where: str) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """A value as the right-hand side of an override, in one line of YAML."""
+    """Write a value as the right-hand side of an override, in one line of YAML."""
     if isinstance(value, str):
         return value
     text = yaml.safe_dump(value, default_flow_style=True, width=1_000_000, sort_keys=False)

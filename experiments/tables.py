@@ -20,7 +20,7 @@ class Row(NamedTuple):
 
     group: Group
     summaries: dict[str, Summary]
-    """By metric."""
+    """Mean and spread of each metric."""
     differences: dict[str, Interval]
     """To the baseline, by metric; bounds are NaN where there are no intervals."""
     is_baseline: bool
@@ -32,7 +32,7 @@ class Comparison(NamedTuple):
     rows: list[Row]
     metrics: list[str]
     compared: list[str]
-    """Those with a column of differences to the baseline; none where there is no baseline."""
+    """Metrics with a column of differences to the baseline; none where there is no baseline."""
     confidence: float
     notes: list[str]
     """What a reader has to know: which evaluation, what is missing."""

@@ -56,11 +56,11 @@ class Observed(NamedTuple):
     """What a checkpoint makes of its validation set."""
 
     observations: list[Observation]
-    """Of all annotated images, in their order."""
+    """Observations of all annotated images, in their order."""
     metrics: dict[str, Any]
-    """Of the evaluator."""
+    """Metrics of the evaluator."""
     looking: dict[ChosenTarget, LookingQuery]
-    """Of each chosen target whose image could be read."""
+    """Query of each chosen target whose image could be read."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def load_subject(path: Path, label: str, overrides: Sequence[str]) -> Subject:
-    """Model with the weights that are evaluated (the averaged ones, where there are), and its validation set.
+    """Load the model with the weights that are evaluated (the averaged ones, where there are), and its validation set.
 
     Raises:
         ValueError: the checkpoint or its data cannot be used.
@@ -168,13 +168,13 @@ def _pixels(boxes: Tensor, sizes: Tensor) -> Floats:
 
 
 def _unread(image: ImageInfo, num_classes: int) -> Observation:
-    """An image that could not be read: nothing is detected, and its only query is empty."""
+    """Observe an image that could not be read: nothing is detected, and its only query is empty."""
     nothing = ImageDetections(np.empty(0), np.empty(0, dtype=np.int64), np.empty((0, 4)))
     return observe(image.image_id, image.objects, nothing, np.zeros((1, num_classes)), np.zeros((1, 4)))
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """Short names: the run directories, with the file where that does not tell them apart."""
+    """Make short names: the run directories, with the file where that does not tell them apart."""
     names = [path.resolve().parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [f"{name}/{path.stem.removeprefix('checkpoint_')}" for name, path in zip(names, paths, strict=True)]
@@ -184,7 +184,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
 
 
 def check_labels(given: Sequence[str] | None, paths: Sequence[Path]) -> list[str]:
-    """A different label for each checkpoint.
+    """Find a different label for each checkpoint.
 
     Raises:
         ValueError: that cannot be, or there are more checkpoints than colours that can be told apart.
@@ -264,7 +264,7 @@ def _draw_sampling(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command and return its exit code."""
     try:
         run(_parser().parse_args(arguments))
     except (ValueError, OSError) as error:

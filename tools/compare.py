@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def compare(args: argparse.Namespace) -> tuple[Comparison, list[Group]]:
-    """All numbers of the table.
+    """Gather all numbers of the table.
 
     Raises:
         ValueError: there is nothing to compare, or the baseline is not among the rows.
@@ -82,7 +82,7 @@ def compare(args: argparse.Namespace) -> tuple[Comparison, list[Group]]:
 
 
 def _about_differences(args: argparse.Namespace, label: str, compared: Sequence[str]) -> list[str]:
-    """What Δ is, and why some have no interval."""
+    """Say what Δ is, and why some have no interval."""
     text = f"Δ: difference of means to '{label}'"
     if not args.samples:
         return [text]
@@ -103,7 +103,7 @@ def _say(text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command and return its exit code."""
     args = _parser().parse_args(arguments)
     try:
         if args.samples < 0 or not 0 < args.confidence < 1:

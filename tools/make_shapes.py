@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
     settings = {field.name: getattr(options, field.name) for field in fields(ShapesConfig)}
     start = time.perf_counter()

@@ -63,7 +63,7 @@ def _decode(cfg: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def plan_of(args: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]:
-    """The runs that the command line and the directory describe, all of them valid, and their configurations.
+    """Plan the runs that the command line and the directory describe, all of them valid, with their configurations.
 
     Raises:
         ValueError: something about them is wrong.
@@ -115,7 +115,7 @@ def check_directories(plan: Plan, resolved: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command and return its exit code."""
     args = _parser().parse_intermixed_args(arguments)
     try:
         if min(args.jobs, args.nproc_per_node) < 1:
