@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from torch import Tensor
 
 import config as configuration
@@ -31,18 +32,7 @@ from schema import plain
 from tools.checkpoint_layouts import Conversion, convert
 from tools.checkpoint_layouts.reading import read, select_weights
 
-_DATA = {
-    "train": {
-        "images": "data/coco/train2017",
-        "annotations": "data/coco/annotations/instances_train2017.json",
-        "transforms": [{"name": "random_flip"}, {"name": "detr_multi_scale"}],
-    },
-    "val": {
-        "images": "data/coco/val2017",
-        "annotations": "data/coco/annotations/instances_val2017.json",
-        "transforms": [{"name": "resize", "short_side": 800, "max_long_side": 1333}],
-    },
-}
+_COCO = Path(__file__).parents[1] / "configs" / "coco.yaml"
 
 
 def import_checkpoint(
@@ -82,7 +72,7 @@ def configure(conversion: Conversion, path: Path, overrides: Sequence[str] = ())
     inferred = {
         "model": conversion.model,
         "criterion": {"classification": "focal", "matcher": "hungarian", "prime_sample_tau": None},
-        "data": {**_DATA, **conversion.data},
+        "data": {**yaml.safe_load(_COCO.read_text(encoding="utf-8"))["data"], **conversion.data},
         "output_dir": str(Path("runs") / path.stem),
     }
     config = configuration.from_dict(inferred, overrides, str(path))
