@@ -114,7 +114,7 @@ def test_mistakes_are_one_line(swept, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(swept)
     good = swept / "runs" / "loss" / "classification-focal" / "checkpoint_last.pth"
     other = torch.load(good, weights_only=True)
-    other["categories"] = other["categories"][:3]
+    other["categories"] = [*other["categories"][:-1], [99, "another"]]
     other = {key: value for key, value in other.items() if key != "format"}
     checkpoint.write(tmp_path, other)
     annotations = json.loads(Path("shapes/annotations/instances_val.json").read_text())
