@@ -45,69 +45,36 @@ def ms_deform_attn_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of value, reference (empty unless needed), samples and weights."""
     arguments = Arguments(value, spatial_shapes, valid_sizes, reference, samples, weights)
-    grad_value, grad_reference, grad_samples, grad_weights = KERNELS[backend].backward(
-        grad_output, arguments, needs_reference
-    )
-    if grad_reference is None:
-        grad_reference = value.new_empty(0)
-    return grad_value, grad_reference, grad_samples, grad_weights
+    grads = KERNELS[backend].backward(grad_output, arguments, needs_reference)
+    return grads[0], value.new_empty(0) if grads[1] is None else grads[1], grads[2], grads[3]
 
 
 @ms_deform_attn_op.register_fake
-def _forward_fake(
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    valid_sizes: Tensor | None,
-    reference: Tensor | None,
-    samples: Tensor,
-    weights: Tensor,
-    backend: str,
-) -> Tensor:
+def _forward_fake(value: Tensor, *others: Any) -> Tensor:
+    *rest, _ = others
+    samples = Arguments(value, *rest).samples
     return value.new_empty(value.shape[0], samples.shape[1], value.shape[2] * value.shape[3])
 
 
 @ms_deform_attn_backward_op.register_fake
-def _backward_fake(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    valid_sizes: Tensor | None,
-    reference: Tensor | None,
-    samples: Tensor,
-    weights: Tensor,
-    backend: str,
-    needs_reference: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_reference = value.new_empty(0)
-    if needs_reference and reference is not None:
-        grad_reference = reference.new_empty(reference.shape)
-    return (
-        value.new_empty(value.shape),
-        grad_reference,
-        samples.new_empty(samples.shape),
-        weights.new_empty(weights.shape),
-    )
+def _backward_fake(grad_output: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *rest, _, needs_reference = others
+    x = Arguments(value, *rest)
+    reference = x.reference if needs_reference and x.reference is not None else value.new_empty(0)
+    made = [tensor.new_empty(tensor.shape) for tensor in (value, reference, x.samples, x.weights)]
+    return made[0], made[1], made[2], made[3]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, spatial_shapes, valid_sizes, reference, samples, weights, backend = inputs
-    ctx.save_for_backward(value, valid_sizes, reference, samples, weights)
-    ctx.spatial_shapes, ctx.backend = spatial_shapes, backend
+    value, ctx.spatial_shapes, *tensors, ctx.backend = inputs
+    ctx.save_for_backward(value, *tensors)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    value, valid_sizes, reference, samples, weights = ctx.saved_tensors
+    value, *tensors = ctx.saved_tensors
     needs_reference = ctx.needs_input_grad[3]
     grad_value, grad_reference, grad_samples, grad_weights = ms_deform_attn_backward_op(
-        grad_output,
-        value,
-        ctx.spatial_shapes,
-        valid_sizes,
-        reference,
-        samples,
-        weights,
-        ctx.backend,
-        needs_reference,
+        grad_output, value, ctx.spatial_shapes, *tensors, ctx.backend, needs_reference
     )
     return grad_value, None, None, grad_reference if needs_reference else None, grad_samples, grad_weights, None
 
