@@ -18,11 +18,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the sign of the difference is beyond the doubt that the interval stands for."""
-        return self.low > 0 or self.high < 0
-
 
 def resamples(num_images: int, samples: int, seed: int = 0) -> Floats:
     """Count how often, [samples, num_images], each image is drawn when ``num_images`` are drawn with replacement."""

@@ -65,26 +65,6 @@ def detections_by_image(rows: Floats, image_ids: Sequence[int], category_ids: Se
     return [ImageDetections(rows[a:b, 5], labels[a:b], boxes[a:b]) for a, b in zip(starts, ends, strict=True)]
 
 
-def rows_of(detections: Sequence[ImageDetections], image_ids: Sequence[int], category_ids: Sequence[int]) -> Floats:
-    """Invert :func:`detections_by_image`: rows [n, 7]."""
-    ids = np.asarray(category_ids, dtype=np.float64)
-    parts = [np.empty((0, 7))]
-    for image_id, found in zip(image_ids, detections, strict=True):
-        boxes = found.boxes_xyxy
-        parts.append(
-            np.column_stack(
-                [
-                    np.full(len(found.scores), float(image_id)),
-                    boxes[:, :2],
-                    boxes[:, 2:] - boxes[:, :2],
-                    found.scores,
-                    ids[found.labels],
-                ]
-            )
-        )
-    return np.concatenate(parts)
-
-
 def read_rows(path: Path) -> Floats:
     """Read the detections that a run's last evaluation left behind, as rows [n, 7] of :func:`detections_by_image`.
 

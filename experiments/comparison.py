@@ -116,7 +116,7 @@ def check_baseline(plan: Plan, resolved: Mapping[str, Mapping[str, Any]]) -> Non
         ValueError: no row, or more than one, fits.
     """
     if plan.baseline is not None:
-        nothing = Run(plan.out, "missing", "", {}, [], [], {})
+        nothing = Run(plan.out, "missing", "", {}, [], [])
         members = [Member(nothing, run.variant, without_machine(resolved[run.name])) for run in plan.runs]
         find_baseline(group(members), plan.baseline)
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from engine.records import read_metrics, read_records
-from engine.runs.run_directory import CONFIG, ENVIRONMENT, LOCK, METRICS
+from engine.records import read_metrics
+from engine.runs.run_directory import CONFIG, LOCK, METRICS
 
 State = Literal["done", "running", "failed", "unfinished", "missing"]
 
@@ -32,8 +32,6 @@ class Run(NamedTuple):
     """Records of training, by step."""
     evals: list[dict[str, Any]]
     """Records of evaluations, by step."""
-    environment: dict[str, Any]
-    """Record of the last start's environment; empty if unknown."""
 
 
 def read_run(directory: Path, outcome_file: Path | None = None) -> Run:
@@ -56,8 +54,7 @@ def read_run(directory: Path, outcome_file: Path | None = None) -> Run:
     else:
         state = "unfinished" if config or train else "missing"
     message = str(outcome.get("message") or f"exit code {outcome.get('exit_code')}") if state == "failed" else ""
-    starts = read_records(directory / ENVIRONMENT)
-    return Run(directory, state, message, config, train, evals, starts[-1] if starts else {})
+    return Run(directory, state, message, config, train, evals)
 
 
 def is_running(directory: Path) -> bool:

@@ -33,7 +33,6 @@ class Comparison(NamedTuple):
     metrics: list[str]
     compared: list[str]
     """Metrics with a column of differences to the baseline; none where there is no baseline."""
-    confidence: float
     notes: list[str]
     """What a reader has to know: which evaluation, what is missing."""
 

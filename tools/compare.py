@@ -78,7 +78,7 @@ def compare(args: argparse.Namespace) -> tuple[Comparison, list[Group]]:
     notes.extend(
         f"{run.directory.name} failed: {run.message}" for one in groups for run in one.runs if run.state == "failed"
     )
-    return Comparison(rows, metrics, compared if index is not None else [], args.confidence, notes), groups
+    return Comparison(rows, metrics, compared if index is not None else [], notes), groups
 
 
 def _about_differences(args: argparse.Namespace, label: str, compared: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from analysis.average_precision import average_precision, match_dataset
-from analysis.detections_file import annotated_images, detections_by_image, read_rows, rows_of
+from analysis.detections_file import annotated_images, detections_by_image, read_rows
 from engine.evaluator import Evaluator
 from structures import Detections
 
@@ -32,13 +32,17 @@ def test_saved_detections_give_the_evaluators_ap(random_dataset, tmp_path):
     assert 100 * own == pytest.approx(evaluator.compute()["AP"], abs=1e-6)
 
 
-def test_rows_and_detections_by_image_are_inverse(random_dataset):
+def test_detections_by_image_are_the_rows(random_dataset):
     truth, rows = random_dataset(2)
     image_ids = sorted(truth.image_ids)
     found = detections_by_image(rows, image_ids, CATEGORY_IDS)
     assert sum(len(part.scores) for part in found) == len(rows)
-    back = rows_of(found, image_ids, CATEGORY_IDS)
     order = np.argsort(rows[:, 0], kind="stable")
+    back = [
+        [image_id, x0, y0, x1 - x0, y1 - y0, score, CATEGORY_IDS[label]]
+        for image_id, part in zip(image_ids, found, strict=True)
+        for score, label, (x0, y0, x1, y1) in zip(*part, strict=True)
+    ]
     np.testing.assert_allclose(back, rows[order])
 
 

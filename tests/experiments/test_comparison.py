@@ -123,7 +123,7 @@ def comparison(runs) -> Comparison:
         Row(g, {m: summarise(g.finished, m, "last") for m in ("AP", "AP50")}, {"AP": interval} if i else {}, i == 0)
         for i, (g, interval) in enumerate(zip(groups, intervals, strict=True))
     ]
-    return Comparison(rows, ["AP", "AP50"], ["AP"], 0.95, ["a note"])
+    return Comparison(rows, ["AP", "AP50"], ["AP"], ["a note"])
 
 
 def test_table_in_markdown_is_aligned(comparison):
@@ -150,7 +150,7 @@ def test_latex_escapes_what_people_put_into_names(runs):
     groups = group(collect([runs])[0])
     odd = groups[0]._replace(variant=r"a_b & 50% $x$ \par <x|y>", settings={})
     rows = [Row(odd, {"AP": summarise(odd.finished, "AP", "last")}, {"AP": Interval(-1.5, -2.0, -1.0)}, False)]
-    text = as_latex(Comparison(rows, ["AP"], ["AP"], 0.95, []))
+    text = as_latex(Comparison(rows, ["AP"], ["AP"], []))
     name = r"a\_b \& 50\% \$x\$ \textbackslash{}par \textless{}x\textbar{}y\textgreater{}"
     assert name + r" & 2 & 22.00 $\pm$ 2.83 & $-$1.50 [$-$2.00, $-$1.00] \\" in text
 
