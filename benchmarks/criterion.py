@@ -114,6 +114,7 @@ def crowded(images: int, targets: int, candidates: int, repeats: int) -> dict[st
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--repeats", type=int, default=12, help="timed calls (default 12)")
@@ -121,39 +122,22 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    print(f"L = 6 + encoder, B = 2, Q = 900, C = 80, IA-BCE, tau {TAU}, {arguments.threads} threads")
-    print("milliseconds, forward and backward")
-    print(f"{'':12}{'elapsed':^35}{'processor':^35}")
-    columns = ("ours", "matching", "oracle", "ratio")
-    print(
-        f"{'targets':>8}{'k':>4}"
-        + "".join(f"{column:>{width}}" for column, width in zip(columns * 2, (9, 10, 9, 7) * 2, strict=True))
-    )
-    compared = []
-    for targets, candidates in COMPARED:
-        row = compare(targets, candidates, arguments.repeats)
-        compared.append(row)
-        print(
-            f"{targets:8d}{candidates:4d}{row['ours_ms']:9.1f}{row['matching_ms']:10.1f}{row['oracle_ms']:9.1f}"
-            f"{row['ratio']:6.1f}x{row['ours_processor_ms']:9.1f}{row['matching_processor_ms']:10.1f}"
-            f"{row['oracle_processor_ms']:9.1f}{row['processor_ratio']:6.1f}x",
-            flush=True,
-        )
-    print(f"\ncrowded images\n{'images':>8}{'targets':>9}{'k':>4}{'elapsed':>10}{'processor':>11}{'peak memory':>14}")
-    large = []
-    for images, targets, candidates in CROWDED:
-        row = crowded(images, targets, candidates, arguments.repeats)
-        large.append(row)
-        print(
-            f"{images:8d}{targets:9d}{candidates:4d}{row['ours_ms']:10.1f}{row['ours_processor_ms']:11.1f}"
-            f"{row['peak_growth_mib']:+10.0f} MiB",
-            flush=True,
-        )
+    print(f"L = 6 + encoder, Q = 900, C = 80, IA-BCE, tau {TAU}, {arguments.threads} threads; forward and backward")
+    compared = [show(compare(targets, k, arguments.repeats)) for targets, k in COMPARED]
+    print("crowded images")
+    large = [show(crowded(images, targets, k, arguments.repeats)) for images, targets, k in CROWDED]
     if arguments.output:
         device = f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}"
         report = {"benchmark": "criterion", "device": device, "date": datetime.date.today().isoformat(),
                   "compared": compared, "crowded": large}  # fmt: skip
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def show(row: dict[str, float]) -> dict[str, float]:
+    """Print one measurement as soon as it is there, and return it."""
+    print(*(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.1f}" for name, value in row.items()),
+          sep="  ", flush=True)  # fmt: skip
+    return row
 
 
 if __name__ == "__main__":
