@@ -124,7 +124,10 @@ def test_mistakes_are_one_line(swept, monkeypatch, capsys, tmp_path):
     (tmp_path / "fewer.json").write_text(json.dumps(annotations))
     cases = [
         (["--resume", "nowhere.pth"], "nowhere.pth: there is no such checkpoint"),
-        (["--resume", str(good), str(tmp_path / "checkpoint_last.pth")], "categories that the training data does not"),
+        (
+            ["--resume", str(good), str(tmp_path / "checkpoint_last.pth")],
+            "is for other classes: its class 'another' (id 99) is",
+        ),
         (["--resume", *["gone.pth"] * 9], "9 checkpoints: figures can tell at most 8 apart"),
         (["--resume", "gone.pth", "--labels", "a", "b"], "2 labels for 1 checkpoints"),
         (["--resume", "gone.pth", "lost.pth", "--labels", "a", "a"], "label 'a' is given to several checkpoints"),
