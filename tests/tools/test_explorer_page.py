@@ -74,10 +74,9 @@ def open_page(browser):
 
 
 def settle(page) -> None:
-    """Wait until everything is drawn that a change has called for."""
-    page.evaluate(
-        "() => new Promise(done => requestAnimationFrame(() => setTimeout(() => requestAnimationFrame(done), 60)))"
-    )
+    """Wait until everything is drawn that a change has called for; the pictures may come a little later."""
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.wait_for_function("document.querySelector('#grid').ariaBusy !== 'true'")
 
 
 def set_threshold(page, side: int, step: int) -> None:
@@ -394,3 +393,15 @@ def test_an_address_keeps_what_is_looked_at(pair, open_page):
     page.wait_for_selector(".card")
     assert page.locator("#class").input_value() == "1"
     assert page.locator("#panel-plane").is_visible()
+
+
+def test_a_picture_that_is_pointed_at_rings_its_boxes(single, open_page):
+    page = open_page(single[0])
+    drawing = "document.querySelector('.plane').toDataURL()"
+    before = page.evaluate(drawing)
+    page.locator(".card [data-detection]").first.hover(force=True)
+    settle(page)
+    assert page.evaluate(drawing) != before
+    page.locator("#how-many").hover()
+    settle(page)
+    assert page.evaluate(drawing) == before

@@ -95,10 +95,11 @@
     const pair = detectors.length > 1;
     const detail = new Explorer.Detail(find('detail'));
     const controls = new Explorer.Controls(view);
-    const gallery = new Explorer.Gallery(find('pictures'), place => detail.open(place));
+    const planes = new Explorer.Planes(find('panel-plane'), view);
+    const gallery = new Explorer.Gallery(find('pictures'), place => detail.open(place), image => planes.point(image));
     const parts = [
       controls,
-      new Explorer.Planes(find('panel-plane'), view),
+      planes,
       new Explorer.Curves(find('panel-curves'), view),
       new Explorer.Confusion(find('panel-confusion'), view),
       new Explorer.Classes(find('panel-classes'), view),

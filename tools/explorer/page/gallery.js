@@ -18,8 +18,8 @@
   const plural = (count, word) => `${NUMBER.format(count)} ${word}${count === 1 ? '' : 's'}`;
 
   class Gallery {
-    /** @param open called with the place of an entry to see it large */
-    constructor(host, open) {
+    /** @param open called with the place of an entry to see it large; point: with the image pointed at, or null */
+    constructor(host, open, point) {
       this.host = host;
       this.open = open;
       this.heading = host.querySelector('#how-many');
@@ -34,10 +34,31 @@
         const card = event.target.closest('.card');
         if (card) this.open(Number(card.dataset.place));
       });
+      this.grid.addEventListener('pointerover', event => {
+        const card = event.target.closest('.card');
+        point(card ? Number(card.dataset.image) : null);
+      });
+      this.grid.addEventListener('pointerleave', () => point(null));
     }
 
+    /** Draw at once; but while a slider is dragged over many boxes, only when it rests. */
     update(view) {
       this.view = view;
+      clearTimeout(this.waiting);
+      const resting = performance.now() - (this.asked ?? -Infinity) > 250;
+      this.asked = performance.now();
+      if (resting || this.cost < 25) {
+        this.draw();
+        return;
+      }
+      this.grid.setAttribute('aria-busy', 'true');
+      this.waiting = setTimeout(() => this.draw(), 90);
+    }
+
+    draw() {
+      const {view} = this;
+      const start = performance.now();
+      this.grid.setAttribute('aria-busy', 'false');
       const {entries, settings} = view;
       this.heading.textContent = plural(entries.length, 'picture');
       this.note.textContent = settings.selection ? `with ${settings.selection.note}` : view.filtered ? 'with boxes that pass the filters' : '';
@@ -48,6 +69,7 @@
       this.drawn = 0;
       this.more();
       if (!entries.length) this.grid.append(node('p', {className: 'nothing'}, 'Nothing passes. Press Esc to drop the selection, or 0 to drop all filters.'));
+      this.cost = performance.now() - start;
     }
 
     more() {

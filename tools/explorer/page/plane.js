@@ -6,6 +6,7 @@
   const MARGIN = {left: 44, right: 10, top: 8, bottom: 38};
   /** More points than this are drawn as cells. */
   const MOST_DOTS = 12000;
+  const MOST_RINGS = 500;
   const CELL = 3;
   const RADIUS = 3.2;
   /** Pixels from a point within which a click still means it. */
@@ -31,6 +32,7 @@
       host.append(this.canvas, this.tip);
       this.content = null;
       this.brush = null;
+      this.rings = [];
       this.canvas.addEventListener('pointerdown', event => this.down(event));
       this.canvas.addEventListener('pointermove', event => this.move(event));
       this.canvas.addEventListener('pointerup', event => this.up(event));
@@ -46,6 +48,13 @@
      */
     update(content) {
       this.content = content;
+      this.rings = [];
+      this.draw();
+    }
+
+    /** Ring some points until told otherwise, or updated. */
+    ring(points) {
+      this.rings = points;
       this.draw();
     }
 
@@ -156,17 +165,18 @@
 
     drawPicked(context) {
       const {x, y, scale, marks, region} = this.content;
-      if (!marks || region) return;
+      const picked = [...this.rings];
+      if (marks && !region) {
+        for (let i = 0; i < marks.length && picked.length < MOST_RINGS; i++) if (marks[i]) picked.push(i);
+      }
       const ring = shape('circle', RADIUS + 3.5);
       context.strokeStyle = '#1d1d1f';
       context.lineWidth = 2;
-      for (let i = 0, drawn = 0; i < marks.length && drawn < 500; i++) {
-        if (!marks[i]) continue;
+      for (const i of picked) {
         const [left, top] = this.toPixels(x[i] / scale, y[i] / scale);
         context.translate(left, top);
         context.stroke(ring);
         context.translate(-left, -top);
-        drawn++;
       }
     }
 

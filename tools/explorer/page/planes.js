@@ -104,6 +104,24 @@
       return view.points[side] === view.shown[side] ? view.allowed : [1, 1];
     }
 
+    /** Ring the boxes of an image, from the threshold on, as long as its picture is pointed at; null for none. */
+    point(image) {
+      const {view} = this;
+      if (view.settings.tab !== 'plane' || image === this.pointed) return;
+      this.pointed = image;
+      this.sides.forEach((part, side) => {
+        if (side >= view.shown.length) return;
+        const points = view.points[side];
+        const rings = [];
+        if (image !== null) {
+          for (let i = points.first[image]; i < points.first[image + 1]; i++) {
+            if (points !== view.shown[side] || view.shown[side].reaches(i, view.step(side))) rings.push(i);
+          }
+        }
+        part.plane.ring(rings);
+      });
+    }
+
     update(view) {
       if (view.settings.tab !== 'plane') return;
       const {population, selection} = view.settings;
