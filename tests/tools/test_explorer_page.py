@@ -31,7 +31,7 @@ CENTRE_OF_COLOUR = """([selector, [r, g, b]]) => {
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=PROGRAM, args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=PROGRAM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield started
         started.close()
 

@@ -87,7 +87,7 @@
       const available = this.canvas.parentElement.clientWidth;
       context.font = `12px ${Explorer.FONT}`;
       const margin = Math.min(130, Math.max(...[...rows, ...columns].map(name => context.measureText(name).width)) + 12);
-      const cell = Math.max(11, Math.min(64, (available - margin - 2) / count));
+      const cell = Math.max(9, Math.min(64, (available - margin - 2) / count));
       const upright = cell >= Math.max(...columns.map(name => context.measureText(name).width)) + 6;
       const top = upright ? 22 : margin;
       const size = {width: margin + cell * count + 1, height: top + cell * count + 1};
