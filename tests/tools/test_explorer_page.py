@@ -336,6 +336,29 @@ def test_curves_set_the_threshold(single, open_page):
     assert float(page.locator(".threshold .value").first.inner_text()) == pytest.approx(0.5, abs=0.011)
 
 
+def test_curves_bring_both_to_the_same_recall(pair, open_page):
+    page = open_page(pair[0])
+    page.keyboard.press("2")
+    set_threshold(page, 0, 100)
+    set_threshold(page, 1, 20)
+    box = page.locator(".chart").first.bounding_box()
+    page.mouse.click(box["x"] + 44 + 0.2 * (box["width"] - 56), box["y"] + 60)
+    settle(page)
+    steps = [int(page.locator(f"#threshold{side}").input_value()) for side in (0, 1)]
+    assert steps[0] == 100
+    assert steps[1] == pytest.approx(40, abs=2)
+    page.locator(".chart").nth(1).scroll_into_view_if_needed()
+    box = page.locator(".chart").nth(1).bounding_box()
+    page.mouse.click(box["x"] + 44 + 0.4 * (box["width"] - 56), box["y"] + 60)
+    settle(page)
+    asked = sum(int((~truth.crowd).sum()) for truth in made_objects())
+    for side, detector in enumerate(pair[1]):
+        step = int(page.locator(f"#threshold{side}").input_value())
+        found = [expected_counts(detector.detections, at / 200)[CORRECT] for at in (step, step + 1)]
+        assert found[0] >= 0.39 * asked
+        assert found[1] <= 0.41 * asked
+
+
 def test_a_picture_large_by_keyboard(pair, open_page):
     page = open_page(pair[0])
     page.keyboard.press("j")

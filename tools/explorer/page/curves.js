@@ -8,7 +8,7 @@
   const DASHES = [[], [6, 3]];
   const OVERLAPS = ['mean of IoU 0.50 to 0.95', 'IoU 0.50', 'IoU 0.75'];
 
-  /** Lines over [0, 1] × [0, 1]; dragging along it calls `seek` with x. */
+  /** Lines over [0, 1] × [0, 1]; dragging along it calls `seek` with x, and with true where it begins. */
   class Chart {
     constructor(host, {title, x, y, seek}) {
       this.axes = {x, y};
@@ -19,11 +19,11 @@
       this.lines = [];
       this.canvas.addEventListener('pointerdown', event => {
         this.canvas.setPointerCapture(event.pointerId);
-        seek(this.at(event));
+        seek(this.at(event), true);
       });
       this.canvas.addEventListener('pointermove', event => {
         this.read(this.at(event));
-        if (event.buttons & 1) seek(this.at(event));
+        if (event.buttons & 1) seek(this.at(event), false);
       });
       new ResizeObserver(() => this.draw()).observe(host);
     }
@@ -99,20 +99,29 @@
         this.overlap = Number(select.value);
         this.update(view);
       });
-      const about = 'Drag in a chart to set the threshold. Classes are pooled in the first chart; the second one is the mean over classes, as in AP.';
+      const about = 'Drag in a chart to set thresholds: in the first one the nearest, in the second one those of both at the same recall. Classes are pooled in the first; the second is the mean over classes, as in AP.';
       this.legend = node('p', {className: 'legend'});
       host.append(this.legend);
-      this.confidence = new Chart(host, {title: 'F1 over the threshold, IoU 0.50', x: 'threshold', y: 'F1', seek: x => this.seek(() => Math.round(x * STEPS))});
+      this.confidence = new Chart(host, {title: 'F1 over the threshold, IoU 0.50', x: 'threshold', y: 'F1', seek: (x, begins) => this.seekThreshold(Math.round(x * STEPS), begins)});
       host.append(node('label', {className: 'inline'}, 'Precision-recall at ', select));
-      this.recall = new Chart(host, {title: 'Precision over recall', x: 'recall', y: 'precision', seek: x => this.seek(side => this.stepOfRecall(side, x))});
+      this.recall = new Chart(host, {title: 'Precision over recall', x: 'recall', y: 'precision', seek: x => this.seekRecall(x)});
       host.append(node('p', {className: 'hint'}, about));
     }
 
-    seek(stepOf) {
+    /** Move the threshold that was nearest where the dragging began (both, where they are one). */
+    seekThreshold(step, begins) {
+      const {view} = this;
+      const distance = side => Math.abs(view.step(side) - step);
+      if (begins) this.dragged = view.shown.length > 1 && distance(1) < distance(0) ? 1 : 0;
+      view.setStep(this.dragged, step);
+    }
+
+    /** Give each detector the threshold at which it finds so much: that can be compared, other than scores. */
+    seekRecall(recall) {
       const {view} = this;
       const steps = [...view.settings.steps];
-      view.settings.sides.forEach((index, side) => { steps[index] = stepOf(side); });
-      view.set({steps});
+      view.settings.sides.forEach((index, side) => { steps[index] = this.stepOfRecall(side, recall); });
+      view.set({steps, linked: false});
     }
 
     /** The highest threshold at which so much is found (or the lowest of all). */

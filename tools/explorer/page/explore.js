@@ -43,7 +43,9 @@
     return {
       ...tabs,
       '[': () => both(-2),
+      ',': () => both(-2),
       ']': () => both(2),
+      '.': () => both(2),
       '0': () => controls.reset(),
       '/': () => find('search').focus(),
       '?': () => find('help').showModal(),
@@ -59,7 +61,7 @@
   function listenToKeys(actions) {
     document.addEventListener('keydown', event => {
       if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector('dialog[open]')) {
-        const thresholds = ['[', ']', 'z', 'o'].includes(event.key);
+        const thresholds = ['[', ']', ',', '.', 'z', 'o'].includes(event.key);
         if (!thresholds || event.ctrlKey || event.metaKey || event.altKey) return;
       }
       const typing = event.target.matches('input[type=text], input[type=search], input[type=number], select');
