@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from datasets import Category
-from engine.evaluator import Evaluator
+from engine.evaluator import Evaluator, evaluate
 from tests.tools.conftest import CATEGORIES
 from tools import analyze, explore
 
@@ -53,10 +52,7 @@ def made(data: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     shutil.copyfile(tiny_checkpoint, run / "checkpoint_last.pth")
     subject = analyze.load_subject(tiny_checkpoint, "tiny", overrides)
     evaluator = Evaluator(str(data / "val.json"), [Category(*c) for c in CATEGORIES])
-    with torch.inference_mode():
-        for batch in subject.cfg.data.build_val_loader(subject.dataset):
-            detections = subject.model.postprocess(subject.model(batch), batch.original_sizes)
-            evaluator.update(batch.image_ids, detections)
+    evaluate(subject.model, subject.cfg.data.build_val_loader(subject.dataset), evaluator, subject.device)
     evaluator.save(run / "detections.npz")
     page = tmp_path_factory.mktemp("page") / "explore"
     paths = [str(run), str(tiny_checkpoint)]
