@@ -1,9 +1,11 @@
-"""Data loading beside torchvision's own data set and transforms, and COCO evaluation by each library.
+"""Data loading beside torchvision's own data set and transforms, COCO evaluation by each library, and start-up.
 
-    python -m benchmarks.data [--images 32] [--repeats 5] [--eval-images 300] [--output results.json]
+    python -m benchmarks.data [--images 32] [--repeats 5] [--eval-images 300] [--annotated 10000] [--output FILE.json]
 
 Loading is measured in one process with one thread, in processor time, with DETR's augmentation at its published sizes;
-evaluation in wall-clock time on random detections, 100 an image over 80 classes.
+evaluation in wall-clock time on random detections, 100 an image over 80 classes; start-up, which is reading annotations
+with polygons, in processor time and memory beyond what the imported libraries take, each in a process of its own.
+``--annotated 118287`` is COCO's size.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import contextlib
 import datetime
 import io
 import json
+import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -86,7 +91,9 @@ def torchvision_pipeline(root: Path) -> Callable[[], object]:
 def measure_loading(images: int, repeats: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory) / "shapes"
-        generate(root, ShapesConfig(train_images=images, val_images=1, image_size=640, max_object_size=320))
+        generate(
+            root, ShapesConfig(train_images=images, val_images=1, image_size=640, max_object_size=320, empty_share=0.0)
+        )
         split = CocoConfig(
             images=str(root / "images/train"),
             annotations=str(root / "annotations/instances_train.json"),
@@ -130,11 +137,92 @@ def measure_evaluation(images: int, repeats: int) -> dict[str, float]:
     return {f"{name}_seconds": seconds for name, seconds in best_times(runs, repeats, time.perf_counter).items()}
 
 
+READERS = {
+    "ours": "from datasets.coco import _read; read = lambda: _read(path, None)",
+    "ours, kept by another process": "from datasets.coco import _read; read = lambda: _read(path, None)",
+    "our ground truth": "from engine.coco_metrics import read_ground_truth; read = lambda: read_ground_truth(path)",
+    "hotcoco": "import hotcoco; read = lambda: hotcoco.COCO(path)",
+    "pycocotools": "from pycocotools.coco import COCO; read = lambda: COCO(path)",
+}
+_PEAK = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20"
+_READING = f"""
+import contextlib, io, json, resource, sys, time, torch, torchvision
+path = sys.argv[1]
+{{}}
+before, start, wall = {_PEAK}, time.process_time(), time.perf_counter()
+with contextlib.redirect_stdout(io.StringIO()):
+    kept = read()
+print(json.dumps([time.process_time() - start, time.perf_counter() - wall, {_PEAK} - before]))
+"""
+
+
+def write_annotations(path: Path, images: int, boxes: int, polygon_points: int = 23) -> None:
+    """A file like COCO's: boxes with polygons of ``polygon_points`` on average, or without any."""
+    rng = np.random.default_rng(0)
+    polygons = [
+        json.dumps([rng.uniform(0, 480, 2 * int(points)).round(2).tolist()])
+        for points in rng.integers(6, max(2 * polygon_points - 6, 7), 500)
+    ]
+    with path.open("w") as file:
+        file.write('{"info": {}, "images": [')
+        for number in range(1, images + 1):
+            name = f"{number:012d}.jpg"
+            entry = {"license": 3, "file_name": name, "coco_url": f"http://images.cocodataset.org/train2017/{name}",
+                     "height": 480, "width": 640, "date_captured": "2013-11-14 11:18:45", "id": number}  # fmt: skip
+            file.write((", " if number > 1 else "") + json.dumps(entry))
+        file.write('], "annotations": [')
+        for start in range(0, boxes, 100_000):
+            count = min(100_000, boxes - start)
+            places = (
+                np.column_stack([rng.uniform(0, 300, (count, 2)), rng.uniform(1, 180, (count, 2))]).round(2).tolist()
+            )
+            owners, labels = rng.integers(1, images + 1, count).tolist(), rng.integers(1, CLASSES + 1, count).tolist()
+            rows = [
+                f'{{"segmentation": {polygons[(start + row) % 500] if polygon_points else "[]"}, '
+                f'"area": {box[2] * box[3]:.4f}, "iscrowd": {int(row % 85 == 0)}, "image_id": {owner}, "bbox": {box}, '
+                f'"category_id": {label}, "id": {start + row + 1}}}'
+                for row, (box, owner, label) in enumerate(zip(places, owners, labels, strict=True))
+            ]
+            file.write((", " if start else "") + ", ".join(rows))
+        categories = [{"id": number, "name": str(number)} for number in range(1, CLASSES + 1)]
+        file.write('], "categories": ' + json.dumps(categories) + "}")
+
+
+def measure_startup(images: int, boxes: int, polygon_points: int, readers: list[str]) -> dict[str, dict[str, float]]:
+    """Processor seconds, seconds and GiB of each reader."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "instances.json"
+        write_annotations(path, images, boxes, polygon_points)
+        time.sleep(2.5)  # what has just been written is not kept
+        for name in readers:
+            environment = {**os.environ, "ALIGN_DETR_CACHE": f"{directory}/cache", "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-c", _READING.format(READERS[name]), str(path)]
+            output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+            figures[name] = dict(zip(("processor_seconds", "seconds", "gibibytes"), json.loads(output), strict=True))
+        figures["file"] = {"gibibytes": path.stat().st_size / 2**30, "images": images, "boxes": boxes}
+    return figures
+
+
+def print_startup(figures: dict[str, dict[str, float]]) -> None:
+    size = figures["file"]
+    print(f"reading {size['images']} images with {size['boxes']} boxes from {size['gibibytes']:.2f} GiB")
+    first = figures["ours"]["processor_seconds"]
+    for name, own in figures.items():
+        if name != "file":
+            ratio = own["processor_seconds"] / first
+            print(f"  {name}: {own['processor_seconds']:.2f} s of processor, {own['gibibytes']:.2f} GiB, {ratio:.2f}x")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=32, help="images to load (default 32)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs (default 5)")
     parser.add_argument("--eval-images", type=int, default=300, help="images to evaluate (default 300)")
+    parser.add_argument("--annotated", type=int, default=10_000, help="images in the file that is read (default 10000)")
+    parser.add_argument("--boxes", type=float, default=7.27, help="objects of each of them (default 7.27, as in COCO)")
+    parser.add_argument("--polygon-points", type=int, default=23, help="of an object; 0: none (default 23)")
+    parser.add_argument("--readers", nargs="+", choices=READERS, help="of start-up, besides ours (default all)")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON, with device and date")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -148,10 +236,14 @@ def main() -> None:
     compared = "hotcoco is not installed" if fast is None else f"hotcoco {fast:.2f} s, ratio {slow / fast:.0f}x"
     print(f"evaluating {arguments.eval_images} images with {DETECTIONS} detections each")
     print(f"  pycocotools {slow:.2f} s, {compared}")
+    readers = [name for name in READERS if name == "ours" or name in (arguments.readers or READERS)]
+    boxes = round(arguments.boxes * arguments.annotated)
+    startup = measure_startup(arguments.annotated, boxes, arguments.polygon_points, readers)
+    print_startup(startup)
     if arguments.output:
         device = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
         report = {"benchmark": "data", "device": device, "date": datetime.date.today().isoformat(),
-                  "loading": loading, "evaluation": evaluation}  # fmt: skip
+                  "loading": loading, "evaluation": evaluation, "startup": startup}  # fmt: skip
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 

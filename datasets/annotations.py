@@ -27,7 +27,6 @@ from ops.coco_columns import (
     NO_MAPPING,
     AnnotationColumns,
     ImageEntry,
-    is_integer,
     whole_number,
 )
 from ops.coco_file import CocoFile, read_coco_file
@@ -153,7 +152,7 @@ def read_categories(content: CocoFile, path: Path | str) -> tuple[Category, ...]
 
 
 def _is_id(value: object) -> TypeGuard[int]:
-    return is_integer(value) and abs(value) < 2**53  # beyond, a double no longer tells them apart
+    return type(value) is int and abs(value) < 2**53  # beyond, a double no longer tells them apart
 
 
 def _name(category: dict[str, Any]) -> str:
@@ -203,9 +202,11 @@ def _read_images(entries: Iterable[ImageEntry], path: Path | str, report: Cleani
             continue
         if (first := ids_of.setdefault(name, image_id)) != image_id:
             report.add("file listed as two images, each with its own boxes", f"{name}: images {first} and {image_id}")
-        names[image_id], sizes[image_id] = name, _stated_size(entry)
-        if sizes[image_id] == (0, 0):
+        height, width = whole_number(entry.height), whole_number(entry.width)
+        if type(height) is not int or type(width) is not int or not (0 < height < 2**31 and 0 < width < 2**31):
             report.add("image without a usable width and height, taken from its file", f"image {image_id}")
+            height = width = 0
+        names[image_id], sizes[image_id] = name, (height, width)
     if not names:
         raise ValueError(f"{path} lists no usable image")
     order = sorted(names)
@@ -214,12 +215,6 @@ def _read_images(entries: Iterable[ImageEntry], path: Path | str, report: Cleani
         np.array([sizes[image_id] for image_id in order], dtype=np.int64),
         [names[image_id] for image_id in order],
     )
-
-
-def _stated_size(entry: ImageEntry) -> tuple[int, int]:
-    """(height, width) as stated, or (0, 0)."""
-    height, width = (side if is_integer(side) else 0 for side in map(whole_number, (entry.height, entry.width)))
-    return (height, width) if 0 < height < 2**31 and 0 < width < 2**31 else (0, 0)
 
 
 def pack_annotations(

@@ -60,13 +60,13 @@ class AnnotationColumns(NamedTuple):
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether a value of JSON is a whole number of less than 63 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**62
+    """Whether a value of JSON is a whole number that fits 64 bits."""
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def whole_number(value: object) -> object:
     """7.0 as 7, which JSON does not tell apart; anything else as it is."""
-    return int(value) if isinstance(value, float) and abs(value) < 2**53 and value == int(value) else value
+    return int(value) if type(value) is float and abs(value) < 2**53 and value == int(value) else value
 
 
 def image_entry(entry: object) -> ImageEntry:
