@@ -233,11 +233,13 @@ def pack_annotations(
     _doubt_categories(content, report)
     images = _read_images(content.images, path, report)
     columns = content.annotations
-    boxes = clean_boxes(columns, images.ids, images.sizes, np.array([category.id for category in categories]), path)
+    boxes, doubts = clean_boxes(
+        columns, images.ids, images.sizes, np.array([category.id for category in categories]), path
+    )
     _report_annotations(columns, report)
     for code, kind in FINDINGS.items():
         report.add_all(kind, np.flatnonzero(boxes.findings == code), lambda place: _where(columns, place))
-    for kind, mask in boxes.doubts.items():
+    for kind, mask in doubts.items():
         report.add_all(kind, np.flatnonzero(mask), lambda place: _where(columns, place))
     names = [name.encode("utf-8", "surrogatepass") for name in images.names]
     kept = np.flatnonzero(boxes.findings <= CLIPPED)

@@ -42,23 +42,14 @@ class CleanBoxes(NamedTuple):
     """[n] index of the category."""
     boxes_xyxy: NDArray[np.float32]
     """[n, 4] in pixels, inside the image."""
-    doubts: dict[str, NDArray[np.bool_]]
-    """What is doubtful about usable boxes, each [n]."""
-
-
-class _Block(NamedTuple):
-    findings: NDArray[np.uint8]
-    images: NDArray[np.int32]
-    labels: NDArray[np.int32]
-    boxes_xyxy: NDArray[np.float32]
     keys: NDArray[np.uint64]
-    """Equal for equal boxes of a label in an image."""
+    """[n] equal for equal boxes of a label in an image."""
     fractions: NDArray[np.bool_]
-    """Whether it ends within the first pixel."""
+    """[n] whether it ends within the first pixel."""
     corners: NDArray[np.bool_]
-    """Whether its four numbers could be two corners."""
+    """[n] whether its four numbers could be two corners."""
     flat: NDArray[np.bool_]
-    """Whether the area stated is zero or less."""
+    """[n] whether the area stated is zero or less."""
 
 
 def clean_boxes(
@@ -67,8 +58,8 @@ def clean_boxes(
     sizes: NDArray[np.int64],
     category_ids: NDArray[np.int64],
     path: Path | str,
-) -> CleanBoxes:
-    """Decides about every box.
+) -> tuple[CleanBoxes, dict[str, NDArray[np.bool_]]]:
+    """Decides about every box: (boxes, masks [n] of what is doubtful about usable ones).
 
     Args:
         columns: of the file.
@@ -82,7 +73,7 @@ def clean_boxes(
     """
     starts = range(0, max(len(columns.ids), 1), _BLOCK)
     blocks = [_clean(columns, slice(start, start + _BLOCK), image_ids, sizes, category_ids) for start in starts]
-    whole = _Block(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
+    whole = CleanBoxes(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
     findings = whole.findings
     findings[_repetitions(whole, np.flatnonzero(findings <= CLIPPED))] = _TWICE
     usable = findings <= CLIPPED
@@ -101,7 +92,7 @@ def clean_boxes(
         kind = "box reaching beyond the image, clipped; as x1, y1, x2, y2 it would fit, but COCO means width and height"
         doubts[kind] = beyond.copy()
         findings[beyond] = USABLE
-    return CleanBoxes(findings, whole.images, whole.labels, whole.boxes_xyxy, doubts)
+    return whole, doubts
 
 
 def _clean(
@@ -110,7 +101,7 @@ def _clean(
     image_ids: NDArray[np.int64],
     sizes: NDArray[np.int64],
     category_ids: NDArray[np.int64],
-) -> _Block:
+) -> CleanBoxes:
     odd, stated = columns.odd[part], columns.boxes_xywh[part]
     images, image_known = _places(image_ids, columns.image_ids[part])
     order = np.argsort(category_ids, kind="stable")
@@ -149,7 +140,7 @@ def _clean(
         corners = (x >= 0) & (y >= 0) & (width > x) & (height > y) & (width <= limit_x + 1) & (height <= limit_y + 1)
         fractions = (x1 <= 1) & (y1 <= 1) & (limit_x > 1) & (limit_y > 1)
         flat = columns.areas[part] <= 0
-    return _Block(
+    return CleanBoxes(
         findings,
         images.astype(np.int32),
         labels.astype(np.int32),
@@ -179,7 +170,7 @@ def _keys(images: NDArray[np.int64], labels: NDArray[np.int64], boxes: NDArray[n
     return key
 
 
-def _repetitions(block: _Block, usable: NDArray[np.int64]) -> list[int]:
+def _repetitions(block: CleanBoxes, usable: NDArray[np.int64]) -> list[int]:
     """Those of the usable boxes that stand in the same image with the same label a second time or more often."""
     keys = block.keys[usable]
     order = np.argsort(keys, kind="stable")

@@ -23,7 +23,6 @@ MOST_FILES = 8
 """Older ones are deleted."""
 _FORMAT = "1"
 """Raised with every change of what is kept."""
-_PATIENCE = 600.0
 
 _logger = logging.getLogger(__name__)
 
@@ -59,7 +58,9 @@ def shared(path: Path | str, made: str, make: Callable[[], dict[str, Any]]) -> d
     try:
         with _alone(cache_folder() / f".{name}.lock"):
             kept = cached_file(name, build)
-        _prune(kept)
+        os.utime(kept)
+        for old in sorted(kept.parent.glob("annotations-*.pt"), key=os.path.getmtime)[:-MOST_FILES]:
+            old.unlink(missing_ok=True)
         return result[0] if result else torch.load(kept, mmap=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         _logger.warning("%s is not kept for other processes: %s", path, error)
@@ -73,23 +74,8 @@ def _fingerprint(path: Path | str) -> tuple[int, ...]:
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Waits for other processes in here, but not for ever."""
+    """Waits for other processes in here; the lock of one that dies is given free."""
     with lock.open("w") as file:
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.05)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
     lock.unlink(missing_ok=True)
-
-
-def _prune(kept: Path) -> None:
-    os.utime(kept)
-    files = sorted(kept.parent.glob("annotations-*.pt"), key=lambda file: -file.stat().st_mtime_ns)
-    for file in files[MOST_FILES:]:
-        file.unlink(missing_ok=True)
