@@ -14,9 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.average_precision import class_precision, match_dataset
-from analysis.best_regressed import BestRegressed
+from analysis.best_regressed import SIZES, BestRegressed
 from analysis.error_types import BOTH, DUPLICATE, classify_errors
-from analysis.matching import IOU_THRESHOLDS, Floats, ImageDetections, ImageObjects, Integers, pairwise_iou
+from analysis.matching import (
+    IOU_THRESHOLDS,
+    Floats,
+    ImageDetections,
+    ImageObjects,
+    Integers,
+    box_areas,
+    pairwise_iou,
+)
 
 SCALE = 60_000
 """Scores and IoUs are stored as this many steps, rounded down: multiples of 1/200 lie on a step, so that a stored score
@@ -72,6 +80,7 @@ def detection_columns(
         "label": _joined([image.detections.labels for image in judged], np.uint16),
         "kind": _joined([image.kind for image in judged], np.uint8),
         "target": _joined([image.target for image in judged], np.int16),
+        "size": _joined([_sizes(box_areas(image.detections.boxes_xyxy)) for image in judged], np.uint8),
         "box": _edges([image.detections.boxes_xyxy for image in judged], sizes),
     }
 
@@ -81,7 +90,7 @@ def object_columns(objects: Sequence[ImageObjects], sizes: Sequence[tuple[int, i
     return {
         "count": np.array([len(image.labels) for image in objects], dtype=np.uint32),
         "label": _joined([image.labels for image in objects], np.uint16),
-        "area": _joined([image.areas for image in objects], np.float32),
+        "size": _joined([_sizes(image.areas) for image in objects], np.uint8),
         "crowd": _joined([image.crowd for image in objects], np.uint8),
         "box": _edges([image.boxes_xyxy for image in objects], sizes),
     }
@@ -131,6 +140,11 @@ def encoded(columns: Columns) -> dict[str, list[str]]:
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
     return np.concatenate([np.empty(0, dtype=dtype), *(part.astype(dtype) for part in parts)])
+
+
+def _sizes(areas: Floats) -> Integers:
+    """0, 1 and 2 for COCO's small, medium and large areas in square pixels."""
+    return np.digitize(areas, [SIZES["medium"][0], SIZES["large"][0]])
 
 
 def _steps(parts: Sequence[Floats]) -> NDArray[Any]:

@@ -150,7 +150,10 @@ def write_page(
     about = []
     for place, (label, source, detections, best) in enumerate(detectors):
         print(f"{label}: judging {sum(len(found.scores) for found in detections)} detections", flush=True)
-        _write_columns(data / f"detections{place}.js", exploration.detection_columns(objects, detections, sizes))
+        columns = exploration.detection_columns(objects, detections, sizes)
+        # The page draws everything else before it reads the boxes, which are more than half of the data.
+        _write_columns(data / f"boxes{place}.js", {"box": columns.pop("box")})
+        _write_columns(data / f"detections{place}.js", columns)
         if best is not None:
             _write_columns(data / f"best{place}.js", exploration.best_regressed_columns(best, sizes))
         summary = exploration.precision_summary(objects, detections, len(classes))

@@ -133,3 +133,13 @@ def test_mean_over_classes_is_average_precision(made):
     assert [row["objects"] for row in summary] == [
         sum(int(((truth.labels == label) & ~truth.crowd).sum()) for truth in objects) for label in range(3)
     ]
+
+
+def test_sizes_are_those_of_coco():
+    sides = np.array([0.0, 31.9, 32.0, 95.9, 96.0, 500.0])
+    boxes = np.stack([0 * sides, 0 * sides, sides, sides], axis=1)
+    none = np.zeros(6, dtype=bool)
+    objects = [ImageObjects(np.zeros(6, dtype=np.int64), boxes, sides**2, none)]
+    found = [ImageDetections(np.linspace(0.9, 0.1, 6), np.zeros(6, dtype=np.int64), boxes)]
+    for columns in (object_columns(objects, [(500, 500)]), detection_columns(objects, found, [(500, 500)])):
+        assert columns["size"].tolist() == [0, 0, 1, 1, 2, 2]

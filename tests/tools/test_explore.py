@@ -78,6 +78,8 @@ def columns(path: Path) -> dict[str, np.ndarray]:
 def test_a_run_and_its_checkpoint_give_the_same(made):
     _, _, page = made
     saved, own = columns(page / "data" / "detections0.js"), columns(page / "data" / "detections1.js")
+    saved |= columns(page / "data" / "boxes0.js")
+    own |= columns(page / "data" / "boxes1.js")
     assert saved["count"].tolist() == own["count"].tolist()
     assert len(own["score"]) > 20
     for name in own:

@@ -64,13 +64,19 @@ def open_page(browser):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: request.url.startswith("http") and problems.append(request.url))
         page.goto((out / "index.html").as_uri())
-        page.wait_for_selector(".card")
+        wait_for_all(page)
         return page
 
     yield opener
     for context in opened:
         context.close()
     assert not problems
+
+
+def wait_for_all(page) -> None:
+    """Wait until the page has read and drawn everything."""
+    page.wait_for_function("performance.getEntriesByName('complete').length")
+    settle(page)
 
 
 def settle(page) -> None:
@@ -406,14 +412,14 @@ def test_an_address_keeps_what_is_looked_at(pair, open_page):
     page.wait_for_function("location.hash.includes('photo0') && location.hash.includes('77')")
     names = page.locator(".card .name").all_inner_texts()
     page.reload()
-    page.wait_for_selector(".card")
+    wait_for_all(page)
     assert page.locator("#panel-classes").is_visible()
     assert page.locator("#search").input_value() == "photo0"
     assert page.locator("#threshold1").input_value() == "77"
     assert page.locator(".card .name").all_inner_texts() == names
+    page.goto("about:blank")
     page.goto((pair[0] / "index.html").as_uri() + "#tab=7&sides=[9]&steps=no&label=1")
-    page.reload()
-    page.wait_for_selector(".card")
+    wait_for_all(page)
     assert page.locator("#class").input_value() == "1"
     assert page.locator("#panel-plane").is_visible()
 

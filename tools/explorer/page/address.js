@@ -36,6 +36,8 @@
     constructor(view, initial) {
       this.tests = tests(view);
       this.initial = {...view.settings, ...initial};
+      // Only of an address that somebody has put there: replaceState does not cause it.
+      window.addEventListener('hashchange', () => location.reload());
     }
 
     /** The settings that the address names. */

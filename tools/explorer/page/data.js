@@ -70,8 +70,6 @@ const Explorer = {};
     return image;
   }
 
-  const sizeOf = area => (area < 1024 ? 0 : area < 9216 ? 1 : 2);
-
   /** Images and their objects. */
   class Dataset {
     constructor(about, objects) {
@@ -81,11 +79,10 @@ const Explorer = {};
       this.classes = about.classes;
       this.images = about.images;
       this.names = about.images.map(image => image.name.toLowerCase());
-      const {count, label, area, crowd, box} = objects;
+      const {count, label, size, crowd, box} = objects;
       this.first = starts(count);
       this.image = owners(this.first);
-      Object.assign(this, {label, crowd, box, numObjects: label.length});
-      this.size = Uint8Array.from(area, sizeOf);
+      Object.assign(this, {label, size, crowd, box, numObjects: label.length});
       this.perClass = new Uint32Array(this.classes.length);
       for (let o = 0; o < label.length; o++) this.perClass[label[o]] += 1 - crowd[o];
       this.asked = this.perClass.reduce((a, b) => a + b, 0);
@@ -114,12 +111,13 @@ const Explorer = {};
       this.source = about.source;
       this.about = about;
       this.data = data;
-      const {count, score, iou, label, kind, target, box} = columns;
-      Object.assign(this, {score, iou, label, kind, box, length: score.length});
+      const {count, score, iou, label, kind, target, size} = columns;
+      Object.assign(this, {score, iou, label, kind, size, length: score.length});
+      /** Corners of the boxes, which arrive later than the rest. */
+      this.box = null;
       this.first = starts(count);
       this.image = owners(this.first);
       this.object = new Int32Array(this.length);
-      this.size = new Uint8Array(this.length);
       /** By object: the detection that finds it, −1 for none; and the best score of one that finds it or nearly does. */
       this.foundBy = new Int32Array(data.numObjects).fill(-1);
       this.nearScore = new Uint16Array(data.numObjects);
@@ -131,13 +129,10 @@ const Explorer = {};
     }
 
     derive(i, target) {
-      const {data, score, kind, box} = this;
-      const [height, width] = data.images[i].size;
-      const pixels = (height * width) / (data.edge * data.edge);
+      const {data, score, kind} = this;
       for (let d = this.first[i]; d < this.first[i + 1]; d++) {
         const object = target[d] < 0 ? -1 : data.first[i] + target[d];
         this.object[d] = object;
-        this.size[d] = sizeOf((box[4 * d + 2] - box[4 * d]) * (box[4 * d + 3] - box[4 * d + 1]) * pixels);
         if (kind[d] === CORRECT) this.foundBy[object] = d;
         if (kind[d] <= LOCALISATION) {
           this.nearScore[object] = Math.max(this.nearScore[object], score[d]);

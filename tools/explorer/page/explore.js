@@ -79,6 +79,9 @@
     find('about').textContent = [plural(data.images.length, 'picture'), plural(data.asked, 'object'), plural(data.classes.length, 'class').replace('classs', 'classes')].join(' · ');
   }
 
+  /** Resolves when what was changed before is on the screen. */
+  const nextFrame = () => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+
   async function start() {
     const about = await Explorer.load('about');
     const objects = Explorer.loadColumns('objects');
@@ -130,7 +133,14 @@
     view.watch(now => address.update(now));
     view.set({...initial, ...address.read()});
     controls.fill();
-    requestAnimationFrame(() => requestAnimationFrame(() => performance.mark('drawn')));
+    await nextFrame();
+    performance.mark('drawn');
+    for (const [index, detector] of detectors.entries()) {
+      detector.box = (await Explorer.loadColumns(`boxes${index}`)).box;
+      view.set({});
+    }
+    await nextFrame();
+    performance.mark('complete');
   }
 
   start().catch(error => {

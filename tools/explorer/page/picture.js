@@ -50,7 +50,7 @@
         });
       }
     }
-    for (let d = detector.first[image + 1] - 1; d >= detector.first[image]; d--) {
+    for (let d = detector.first[image + 1] - 1; detector.box && d >= detector.first[image]; d--) {
       const weight = view.weight(side, d);
       if (!weight) continue;
       const kind = KINDS[detector.kind[d]];
