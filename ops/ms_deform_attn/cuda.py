@@ -20,9 +20,9 @@ from ops.ms_deform_attn.arguments import Arguments
 from ops.ms_deform_attn.cuda_compile import architecture_for, bindings, cached_kernel, checked, nvrtc_version
 from ops.ms_deform_attn.cuda_plan import (
     MAX_CHANNELS,
+    MAX_PIXELS,
     MAX_SAMPLES,
     MAX_SIDE,
-    PLAIN_SHARED_BYTES,
     TYPES,
     Plan,
     Signature,
@@ -60,7 +60,7 @@ def supports(value: Tensor, spatial_shapes: Sequence[int], samples: Tensor) -> b
     """Whether the kernels can index these tensors and hold one query in shared memory."""
     L, P = samples.shape[3:5]
     fits = L * P <= MAX_SAMPLES and value.shape[3] <= MAX_CHANNELS and max(spatial_shapes) <= MAX_SIDE
-    return fits and value.shape[1] < 2**31 and samples.shape[0] * samples.shape[1] * samples.shape[2] < 2**31
+    return fits and value.shape[1] < MAX_PIXELS and samples.shape[0] * samples.shape[1] * samples.shape[2] < 2**31
 
 
 @functools.cache
@@ -75,9 +75,14 @@ def _function(plan: Plan, device: int) -> Any:
     """The kernel loaded into the device's primary context, which PyTorch uses."""
     _, driver = bindings()
     binary = cached_kernel(plan, architecture_for(torch.cuda.get_device_capability(device)))
-    attributes = {driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: plan.shared_bytes}
-    if plan.shared_bytes > PLAIN_SHARED_BYTES:  # two blocks are meant to fit, whatever the driver would rather have
-        attributes[driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT] = 100
+    properties: Any = torch.cuda.get_device_properties(device)
+    names = driver.CUfunction_attribute
+    attributes = {
+        names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: plan.shared_bytes,
+        names.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: plan.carve_out(
+            properties.shared_memory_per_multiprocessor
+        ),
+    }
     with torch.cuda.device(device):
         checked(driver.cuCtxSetCurrent(_context(device)))
         with _while_capturing(driver):

@@ -16,6 +16,8 @@ MAX_SIDE = 32767
 MAX_SAMPLES = 512
 """L*P: those of one query must fit into shared memory, with every architecture's 48 KiB."""
 MAX_CHANNELS = 1024
+MAX_PIXELS = 2**26
+"""Of an image, over all levels: four bits of an index are needed for something else."""
 Tiles = tuple[tuple[int, int], ...]
 TILES: Tiles = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))
 """Width and height in queries of a block's tile, largest first."""
@@ -57,6 +59,12 @@ class Plan(NamedTuple):
     tiled: bool
     threads: int
     shared_bytes: int
+    blocks: int
+    """That a multiprocessor is to have at a time."""
+
+    def carve_out(self, limit: int) -> int:
+        """How much of ``limit``, a multiprocessor's shared memory, its blocks need, in per cent: the rest is cache."""
+        return min(100, -(-100 * self.blocks * (self.shared_bytes + RESERVED_SHARED_BYTES) // limit))
 
 
 @functools.cache
@@ -64,7 +72,7 @@ def forward_plan(signature: Signature, tiles: Tiles | None = None, threads: int 
     """The forward: the first tile whose samples fit into the shared memory that every architecture has, or the last."""
     samples = signature.levels * signature.points
     for width, height in tiles or (TILES if signature.tiled else TILES[1:]):
-        shared = width * height * (samples * 32 + 8) + signature.levels * 16
+        shared = width * height * ((samples | 1) * 16 + 8) + signature.levels * 16
         if shared <= PLAIN_SHARED_BYTES:
             break
     return _plan("forward.cu", signature, (width, height), 1, signature.tiled, threads, shared, ())
@@ -86,8 +94,8 @@ def backward_plan(
     """
     extra = (("DETERMINISTIC", str(int(deterministic))),)
     if signature.tiled:
-        # A warp for each window, and as many that gather.
-        threads = 32 * (warps or 2 * min(max(signature.levels, 2), 8))
+        # A warp for each window, and twice as many that gather.
+        threads = 32 * (warps or min(3 * max(signature.levels, 2), 16))
         for limit in (shared_limit // 2 - RESERVED_SHARED_BYTES, shared_limit):
             for tile, halo in itertools.product(tiles or TILES[:3], halos):
                 passes = _passes(tile, pass_queries)
@@ -124,7 +132,7 @@ def _passes(tile: tuple[int, int], pass_queries: int) -> int:
 def _backward_bytes(signature: Signature, tile: tuple[int, int], passes: int, tiled: bool) -> int:
     """Shared memory of the backward without windows: see ``struct Shared`` of csrc/backward.cu."""
     queries, samples = tile[0] * tile[1] // passes, signature.levels * signature.points
-    query = (signature.channels + 3) // 4 * 16 + 8 + 4 * (samples | 1)
+    query = (signature.channels + 3) // 4 * 16 + 8 + (0 if tiled else 4 * (samples | 1))
     sample = 60 if tiled else 28
     return queries * (query + samples * sample) + signature.levels * 24
 
@@ -153,10 +161,11 @@ def _plan(
         "PASSES": passes,
         "THREADS": threads,
     }
+    blocks = 2 if tiled and source == "backward.cu" else 1024 // threads  # as the sources' launch bounds
     named = tuple((name, str(number)) for name, number in macros.items())
     if source == "forward.cu":
         named = (*named, ("DETERMINISTIC", "0"))
-    return Plan(source, named + extra, tile, tiled, threads, shared)
+    return Plan(source, named + extra, tile, tiled, threads, shared, blocks)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 DTYPES = {
     **{f"{kind}{bits}": np.dtype(f"{code}{bits // 8}") for kind, code in (("u", "u"), ("b", "u"), ("s", "i"))
        for bits in (8, 16, 32, 64)},
-    "f32": np.dtype("f4"), "f16": np.dtype("f2"), "pred": np.dtype("?"),
+    "f32": np.dtype("f4"), "f16": np.dtype("f2"), "f64": np.dtype("f8"), "pred": np.dtype("?"),
 }  # fmt: skip
 
 
@@ -60,8 +60,8 @@ class Instructions:
         self.registers: dict[str, np.dtype] = {}
         self.place: dict[str, str] = {}
         """The array of each register."""
-        self.constants: dict[str, int] = {}
-        """Where each table of constants begins."""
+        self.symbols: dict[str, int] = {}
+        """Where each parameter, table of constants and array in shared memory begins in its space."""
         self.views: set[tuple[str, str]] = set()
         """Arrays and the types that they are seen as."""
         self.literals: dict[str, np.generic] = {}
@@ -80,16 +80,16 @@ class Instructions:
             return f"{self.place[operand[1:]]}.astype({dtype.str!r})"
         if operand.startswith("%"):
             return {"%tid.x": "tid", "%ctaid.x": "ctaid", "%ntid.x": "ntid", "%nctaid.x": "nctaid"}[operand]
-        if bits := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", operand):
-            number: np.generic = np.uint32(int(bits[1], 16)).view(np.float32 if kind == "f32" else np.uint32)
+        if double := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", operand):
+            number: np.generic = np.uint64(int(double[1], 16)).view(np.float64)
+        elif bits := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", operand):
+            number = np.uint32(int(bits[1], 16)).view(np.float32 if kind == "f32" else np.uint32)
         elif kind == "pred":
             number = np.bool_(int(operand))
         elif re.fullmatch(r"-?\d+", operand):
             number = np.array(int(operand) & (2 ** (8 * dtype.itemsize) - 1), f"u{dtype.itemsize}").view(dtype)[()]
-        elif operand in self.constants:
-            number = np.uint64(self.constants[operand])
-        elif operand.endswith("_param_0") or operand == "memory":  # the only ones of their spaces
-            number = np.uint64(0)
+        elif operand in self.symbols:
+            number = np.uint64(self.symbols[operand])
         else:
             raise UnknownInstructionError(operand)
         name = f"k{len(self.literals)}"

@@ -63,6 +63,7 @@ class Kernel(Instructions):
         self.text = ptx.splitlines()
         super().__init__()
         self.constant_bytes = b""
+        self.parameter_bytes = self.static_shared = 0
         self.arrays: dict[str, np.dtype] = {}
         """That hold registers."""
         self.segments = [Segment()]
@@ -81,6 +82,13 @@ class Kernel(Instructions):
             line = re.sub(r"^\{ \.reg \.b16 tmp; (.*) \}$", r"\1", line)  # half of a register, which nobody reads
             if table := re.match(r"\.const .*\.b8 (\w+)\[(\d+)\] = \{(.*)\};", line):
                 self._add_constant(table[1], int(table[2]), table[3])
+            elif parameter := re.match(r"\.param (?:\.align \d+ )?\.\w?(\d+) (\w+)(?:\[(\d+)\])?,?$", line):
+                size = int(parameter[1]) // 8
+                self.symbols[parameter[2]] = offset = -(-self.parameter_bytes // size) * size
+                self.parameter_bytes = offset + size * int(parameter[3] or 1)
+            elif array := re.match(r"(?:\.extern )?\.shared \.align (\d+) \.b8 (\w+)\[(\d*)\];", line):
+                self.symbols[array[2]] = -(-self.static_shared // int(array[1])) * int(array[1])
+                self.static_shared = self.symbols[array[2]] + int(array[3] or 0)
             elif declared := re.match(r"\.reg \.(\w+)\s+%(\w+)<(\d+)>;", line):
                 inside = True
                 dtype = DTYPES[declared[1]]
@@ -135,7 +143,7 @@ class Kernel(Instructions):
 
     def _add_constant(self, name: str, size: int, values: str) -> None:
         data = bytes(int(value) & 255 for value in values.split(","))
-        self.constants[name] = len(self.constant_bytes)
+        self.symbols[name] = len(self.constant_bytes)
         self.constant_bytes += data.ljust(-(-size // 16) * 16, b"\0")
 
     def _translate(self, instruction: Instruction, segment: int) -> list[str]:

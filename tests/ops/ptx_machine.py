@@ -105,6 +105,7 @@ class Machine:
             "tid": (self.everyone % self.threads).astype(np.uint32),
             "ctaid": self.blocks[self.block].astype(np.uint32),
             "ntid": np.uint32(self.threads),
+            "nctaid": np.uint32(self.blocks.max() + 1),
             "load": self.load,
             "store": self.store,
             "add_to": self.add_to,

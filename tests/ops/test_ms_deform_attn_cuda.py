@@ -85,11 +85,22 @@ def test_plans_fit_into_shared_memory() -> None:
                 assert plan.tiled <= tiled
 
 
+def test_blocks_leave_the_rest_of_the_memory_to_the_cache() -> None:
+    """Two blocks of the backward fit into 196 of an H100's 228 KiB, one step below all of it."""
+    limit = 228 * 1024
+    backward = backward_plan(MODEL, 227 * 1024, False)
+    assert 164 / 228 < backward.carve_out(limit) / 100 <= 196 / 228
+    assert forward_plan(MODEL).carve_out(limit) / 100 <= 100 / 228
+    assert backward._replace(shared_bytes=200 * 1024).carve_out(limit) == 100
+
+
 def test_limits_of_the_kernels() -> None:
     value, samples = torch.empty(1, 12, 2, 32), torch.empty(1, 5, 2, 1, 4, 2)
     assert cuda.supports(value, [3, 4], samples)
     assert not cuda.supports(torch.empty(1, 40000, 2, 32, device="meta"), [1, 40000], samples)
     assert not cuda.supports(value, [3, 4], torch.empty(1, 5, 2, 1, 513, 2))
+    assert cuda.supports(torch.empty(1, 2**26 - 1, 1, 32, device="meta"), [8191, 8193], samples)
+    assert not cuda.supports(torch.empty(1, 2**26, 1, 32, device="meta"), [8192, 8192], samples)
     assert not cuda.supports(torch.empty(1, 12, 2, 1025), [3, 4], samples)
 
 

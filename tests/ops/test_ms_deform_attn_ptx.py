@@ -88,7 +88,7 @@ def test_ptx_kernels_with_windows_of_any_shape(levels: int, P: int, D: int, host
     case = make_pyramid(5, B=1, Q=sum(h * w for h, w in shapes), D=D, P=P, shapes=shapes)
     check_against_reference(case, torch.float32, torch.float32, fused=True)
     assert [plan.tiled for plan in host.plans] == [True, True]
-    assert host.plans[1].threads == max(128, 64 * levels)
+    assert host.plans[1].threads == min(96 * max(2, levels), 512)
 
 
 @pytest.mark.parametrize(

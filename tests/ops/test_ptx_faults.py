@@ -82,8 +82,8 @@ FAULTS = {
     "windows start with what was there": ("backward.cu", "s.window[i] = 0;", ";", "uninitialised shared memory"),
     "a shuffle that some lanes skip": (
         "backward.cu",
-        "    sum_over_lanes(",
-        "    if (threadIdx.x % 32 < 31) sum_over_lanes(",
+        "++t) sum_over_lanes(",
+        "++t) if (threadIdx.x % 32 < 31) sum_over_lanes(",
         "threads wait for each other for ever",
     ),
     "a barrier that a warp skips": (

@@ -43,7 +43,7 @@ struct alignas(8) Tap {
 struct Shared {
   float* grad;    // [QUERIES, PITCH] of the output
   float* window;  // one a level, behind each other
-  int4* pixels;   // [QUERIES, SAMPLES] of the taps, -1 for those that do not exist
+  int* pixels;    // [QUERIES, SAMPLES, 4] of the first of the four: see pixel_and_taps
   float* dots;    // the same memory, later: [QUERIES, SAMPLES, 4] dot products of the taps' rows with the gradient, and
                   // at last the gradients of weight, x and y
 #if TILED
@@ -62,9 +62,9 @@ struct Shared {
 #if TILED
     behind += (WINDOW_FLOATS + 3) / 4 * 4;
 #endif
-    pixels = reinterpret_cast<int4*>(behind);
+    pixels = reinterpret_cast<int*>(behind);
     dots = behind;
-    levels = reinterpret_cast<Level*>(pixels + QUERIES * SAMPLES);
+    levels = reinterpret_cast<Level*>(pixels + QUERIES * SAMPLES * 4);
     char* next = reinterpret_cast<char*>(levels + LEVELS);
 #if TILED
     taps = reinterpret_cast<Tap*>(next);
@@ -73,7 +73,11 @@ struct Shared {
     origins = reinterpret_cast<int2*>(next);
     terms = reinterpret_cast<float2*>(origins + LEVELS);
     parts = reinterpret_cast<float*>(terms + QUERIES);
+#if TILED
+    column = reinterpret_cast<float*>(taps);  // which are in use between softmax_of_block and write_samples only
+#else
     column = parts + QUERIES * SAMPLES * 3;
+#endif
   }
 };
 
@@ -95,10 +99,7 @@ __device__ inline void locate_all(const Problem& p, const Block& block, const Sh
       place = locate(p, query, level, sample[0], sample[1]);
       weight = weight_of(p, at, s.terms[i / SAMPLES]);
     }
-    int pixel[4];
-#pragma unroll
-    for (int tap = 0; tap < 4; ++tap) pixel[tap] = place.has(tap, level) ? place.pixel(tap, level) : -1;
-    s.pixels[i] = make_int4(pixel[0], pixel[1], pixel[2], pixel[3]);
+    s.pixels[4 * i] = pixel_and_taps(place, level);
     s.parts[3 * i] = place.x;
     s.parts[3 * i + 1] = place.y;
     s.parts[3 * i + 2] = weight;
@@ -115,6 +116,34 @@ __device__ inline void locate_all(const Problem& p, const Block& block, const Sh
     for (int c = 0; c < VECTOR; c += STEP) store<STEP>(s.grad + i / VECTORS * PITCH + channel + c, row + c);
   }
 }
+
+__device__ constexpr unsigned round_up(unsigned count, unsigned step) { return (count + step - 1) / step * step; }
+
+__device__ constexpr unsigned max_of(unsigned a, unsigned b) { return a > b ? a : b; }
+__device__ constexpr unsigned min_of(unsigned a, unsigned b) { return a < b ? a : b; }
+// The largest that is not more than count.
+__device__ constexpr unsigned power_of_two(unsigned count) { return count < 2 ? 1 : 2 * power_of_two(count / 2); }
+
+#if !TILED
+// Adds the taps of sample i to VECTOR channels of grad_value, of which the first pixel's begin at first.
+__device__ inline void add_taps(const Problem& p, const Shared& s, unsigned i, int sample, int columns, const float* grad,
+                                int64 first, float scale) {
+  const Place place = {s.parts[3 * i], s.parts[3 * i + 1], 0, 0};
+#pragma unroll
+  for (int tap = 0; tap < 4; ++tap) {
+    if (!(sample >> tap & 1)) continue;
+    const float factor = s.parts[3 * i + 2] * place.factor_x(tap) * place.factor_y(tap);
+    const int64 at = first + static_cast<int64>(pixel_of(sample, tap, columns)) * p.heads * CHANNELS;
+#pragma unroll
+    for (int c = 0; c < VECTOR; c += STEP) {
+      float added[STEP];
+#pragma unroll
+      for (int k = 0; k < STEP; ++k) added[k] = grad[c + k] * factor;
+      add_shared_by_blocks<STEP>(p.grad_value, at + c, added, scale);
+    }
+  }
+}
+#endif
 
 // The sums of four numbers over LANES lanes, written to four floats by some of these lanes: over what the other lanes
 // have read of the sample, for which shuffles alone are no order.
@@ -142,49 +171,58 @@ __device__ inline void sum_over_lanes(float* x, unsigned lane, bool used, float*
 }
 
 // Dot products of the taps' rows with the gradient of the output; without tiles, also adds to grad_value. Run by the
-// warps that do not add to windows.
+// warps that do not add to windows. Groups of lanes share a query, neighbours having neighbouring samples; each has several
+// samples at once, so that many rows are on their way. All queries come before the next samples do: those lie in the same
+// levels, whose rows stay in the cache.
 __device__ inline void gather(const Problem& p, const Block& block, const Shared& s, float scale) {
-  constexpr unsigned count = QUERIES * SAMPLES, groups = (WARPS - ADDING) * 32 / LANES;
+  constexpr unsigned groups = (WARPS - ADDING) * 32 / LANES;
+  constexpr unsigned share = max_of(groups / QUERIES, min_of(32 / LANES, power_of_two(SAMPLES)));
+  constexpr unsigned together = TILED && CHUNKS == 1 && SAMPLES > share ? 2 : 1;
+  constexpr unsigned queries = (groups + share - 1) / share, samples = share * together;  // of all groups at a time
   const unsigned lane = threadIdx.x % LANES, stride = p.heads * CHANNELS * sizeof(value_t);
+  const unsigned group = (threadIdx.x - ADDING * 32) / LANES;
   const int64 first = first_element(p, block);
   // All lanes of a warp take part in the sums, whether there is a sample for them or not.
-#pragma unroll 2
-  for (unsigned i = (threadIdx.x - ADDING * 32) / LANES; i < (count + groups - 1) / groups * groups; i += groups) {
-    const bool used = i < count;
-    const int4 pixel4 = used ? s.pixels[i] : make_int4(-1, -1, -1, -1);
-    const int pixel[4] = {pixel4.x, pixel4.y, pixel4.z, pixel4.w};
-    float dots[4] = {};
+#pragma unroll 1
+  for (unsigned n = group % share; n < round_up(SAMPLES, samples); n += samples) {
+    int columns[together];
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      const unsigned channel = (chunk * LANES + lane) * VECTOR;
-      if (channel >= CHANNELS || !used) break;
-      float rows[4][VECTOR], grad[VECTOR];
+    for (unsigned t = 0; t < together; ++t) columns[t] = s.levels[min_of(n + t * share, SAMPLES - 1) / POINTS].columns;
+#pragma unroll 1
+    for (unsigned i = group / share; i < round_up(QUERIES, queries); i += queries) {
+      unsigned at[together];
+      bool used[together];
+      int sample[together];
+      float dots[together][4] = {};
 #pragma unroll
-      for (int tap = 0; tap < 4; ++tap) load_row<VECTOR>(p.value + first + channel, pixel[tap], stride, rows[tap]);
-#pragma unroll
-      for (int c = 0; c < VECTOR; c += STEP) read<STEP>(s.grad + i / SAMPLES * PITCH + channel + c, grad + c);
-#pragma unroll
-      for (int tap = 0; tap < 4; ++tap)
-#pragma unroll
-        for (int c = 0; c < VECTOR; ++c) dots[tap] += rows[tap][c] * grad[c];
-#if !TILED
-      const Place place = {s.parts[3 * i], s.parts[3 * i + 1], 0, 0};
-#pragma unroll
-      for (int tap = 0; tap < 4; ++tap) {
-        if (pixel[tap] < 0) continue;
-        const float factor = s.parts[3 * i + 2] * place.factor_x(tap) * place.factor_y(tap);
-        const int64 at = first + static_cast<int64>(pixel[tap]) * p.heads * CHANNELS + channel;
-#pragma unroll
-        for (int c = 0; c < VECTOR; c += STEP) {
-          float added[STEP];
-#pragma unroll
-          for (int k = 0; k < STEP; ++k) added[k] = grad[c + k] * factor;
-          add_shared_by_blocks<STEP>(p.grad_value, at + c, added, scale);
-        }
+      for (unsigned t = 0; t < together; ++t) {
+        at[t] = i * SAMPLES + n + t * share;
+        used[t] = (QUERIES % queries == 0 || i < QUERIES) && (SAMPLES % samples == 0 || n + t * share < SAMPLES);
+        sample[t] = used[t] ? s.pixels[4 * at[t]] : 0;
       }
+#pragma unroll
+      for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        const unsigned channel = (chunk * LANES + lane) * VECTOR;
+        if (channel >= CHANNELS || !used[0]) break;
+        float rows[together][4][VECTOR], grad[VECTOR];
+#pragma unroll
+        for (unsigned t = 0; t < together; ++t)
+          load_taps(p.value + first + channel, sample[t], columns[t], stride, rows[t]);
+#pragma unroll
+        for (int c = 0; c < VECTOR; c += STEP) read<STEP>(s.grad + i * PITCH + channel + c, grad + c);
+#pragma unroll
+        for (unsigned t = 0; t < together; ++t)
+#pragma unroll
+          for (int tap = 0; tap < 4; ++tap)
+#pragma unroll
+            for (int c = 0; c < VECTOR; ++c) dots[t][tap] += rows[t][tap][c] * grad[c];
+#if !TILED
+        add_taps(p, s, at[0], sample[0], columns[0], grad, first + channel, scale);
 #endif
+      }
+#pragma unroll
+      for (unsigned t = 0; t < together; ++t) sum_over_lanes(dots[t], lane, used[t], s.dots + 4 * at[t]);
     }
-    sum_over_lanes(dots, lane, used, s.dots + 4 * i);
   }
 }
 
@@ -215,19 +253,25 @@ __device__ inline void aim_all(const Shared& s) {
   for (unsigned i = threadIdx.x; i < QUERIES * SAMPLES; i += THREADS) {
     const int level = i % SAMPLES / POINTS;
     const int2 origin = s.origins[level];
-    const int4 pixel4 = s.pixels[i];
+    const int sample = s.pixels[4 * i], columns = s.levels[level].columns;
     const Place place = {s.parts[3 * i], s.parts[3 * i + 1], s.taps[4 * i].target,
                          static_cast<int>(__float_as_uint(s.taps[4 * i].factor))};
+    Pack<Tap, 2> taps[2];
 #pragma unroll
     for (int parity = 0; parity < 4; ++parity) {
       const int right = (place.column ^ parity) & 1, below = (place.row ^ parity >> 1) & 1;
       const int x = place.column + right - origin.x, y = place.row + below - origin.y;
-      const int pixel = below ? (right ? pixel4.w : pixel4.z) : (right ? pixel4.y : pixel4.x);
       const bool near = x >= 0 && x < WINDOW[level][0] && y >= 0 && y < WINDOW[level][1];
       const int inside = (y * WINDOW[level][0] + x) * CHANNELS;
       const float factor = s.parts[3 * i + 2] * place.factor_x(right) * place.factor_y(2 * below);
-      s.taps[4 * i + parity] = {pixel < 0 ? -1 : near ? inside : -2 - pixel, factor};
+      const int target = near ? inside : -2 - pixel_of(sample, 2 * below + right, columns);
+      taps[parity / 2].items[parity % 2] = {sample >> (2 * below + right) & 1 ? target : -1, factor};
     }
+    // Lanes that are four apart write the halves in opposite order, lest they meet in the same banks.
+    uint4* to = reinterpret_cast<uint4*>(s.taps + 4 * i);
+    const int half = threadIdx.x / 4 % 2;
+    to[half] = half ? taps[1].wide : taps[0].wide;
+    to[1 - half] = half ? taps[0].wide : taps[1].wide;
   }
 }
 
@@ -371,7 +415,7 @@ __device__ inline void write_logits(const Problem& p, const Block& block, const 
 #endif
 
 // Memory of one sample (pixels, dots, taps, parts) is written and read by the same thread except between the barriers
-// around gather and scatter, so that no other barriers are needed for it.
+// around gather and scatter, so that no other barriers are needed for it; column has its own.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ms_deform_attn_backward(const __grid_constant__ Problem p) {
   SHARED_MEMORY(memory);
   const Shared s(memory);

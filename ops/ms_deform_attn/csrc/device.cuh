@@ -47,24 +47,37 @@ template <> struct Wide<2> { typedef unsigned short t; };
 template <class T, int count> union Pack {
   typename Wide<sizeof(T) * count>::t wide;
   T items[count];
+  unsigned words[(sizeof(T) * count + 3) / 4];
   __device__ Pack() {}
 };
+template <class T> constexpr bool IS_BF16 = false;
+template <> constexpr bool IS_BF16<bf16> = true;
+// To float32; pairs of bfloat16 by a shift and a mask, for which compilers find nothing as short by themselves.
+template <int count, class T> __device__ inline void widen_all(const Pack<T, count>& pack, float* to) {
+  if constexpr (IS_BF16<T> && count % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < count; i += 2) {
+      to[i] = __uint_as_float(pack.words[i / 2] << 16);
+      to[i + 1] = __uint_as_float(pack.words[i / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; ++i) to[i] = widen(pack.items[i]);
+  }
+}
 template <int count, class T> __device__ inline void load(const T* from, float* to) {
   typedef typename Wide<sizeof(T) * count>::t wide_t;
   Pack<T, count> pack;
   pack.wide = __ldg(reinterpret_cast<const wide_t*>(from));
-#pragma unroll
-  for (int i = 0; i < count; ++i) to[i] = widen(pack.items[i]);
+  widen_all<count>(pack, to);
 }
-// The same at a row of a tensor whose rows are stride bytes apart; zeros if row is negative.
-template <int count, class T> __device__ inline void load_row(const T* first, int row, unsigned stride, float* to) {
-  typedef typename Wide<sizeof(T) * count>::t wide_t;
-  Pack<T, count> pack;
+// The same, or zeros.
+template <int count> __device__ inline void load_if(bool is, const char* from, float* to) {
+  typedef typename Wide<sizeof(value_t) * count>::t wide_t;
+  Pack<value_t, count> pack;
   pack.wide = wide_t{};
-  const char* from = reinterpret_cast<const char*>(first) + static_cast<uint64>(static_cast<unsigned>(row)) * stride;
-  if (row >= 0) pack.wide = __ldg(reinterpret_cast<const wide_t*>(from));
-#pragma unroll
-  for (int i = 0; i < count; ++i) to[i] = widen(pack.items[i]);
+  if (is) pack.wide = __ldg(reinterpret_cast<const wide_t*>(from));
+  widen_all<count>(pack, to);
 }
 template <int count, class T> __device__ inline void store(T* to, const float* from) {
   typedef typename Wide<sizeof(T) * count>::t wide_t;

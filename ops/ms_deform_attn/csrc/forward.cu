@@ -3,16 +3,21 @@
 
 #include "samples.cuh"
 
+constexpr int ROW = SAMPLES | 1;  // odd: lanes of two queries read 16 bytes each from different banks
+
+struct alignas(16) Sample {
+  int sample;  // pixel and taps
+  float x, y, weight;
+};
+
 struct Shared {
-  int4* pixels;     // [QUERIES, SAMPLES] of the taps, -1 for those that do not exist; first of all memory for logits
-  float4* factors;  // [QUERIES, SAMPLES] with which they are summed
+  Sample* samples;  // [QUERIES, ROW]; first of all memory for logits
   Level* levels;    // [LEVELS]
   float2* terms;    // [QUERIES] of the softmax
 
   __device__ explicit Shared(char* memory) {
-    pixels = reinterpret_cast<int4*>(memory);
-    factors = reinterpret_cast<float4*>(pixels + QUERIES * SAMPLES);
-    levels = reinterpret_cast<Level*>(factors + QUERIES * SAMPLES);
+    samples = reinterpret_cast<Sample*>(memory);
+    levels = reinterpret_cast<Level*>(samples + QUERIES * ROW);
     terms = reinterpret_cast<float2*>(levels + LEVELS);
   }
 };
@@ -26,17 +31,27 @@ __device__ inline void locate_all(const Problem& p, const Block& block, const Sh
     float sample[2];
     load<2>(p.samples + 2 * at, sample);
     const Place place = locate(p, query, level, sample[0], sample[1]);
-    const float weight = weight_of(p, at, s.terms[i / SAMPLES]);
-    int pixel[4];
-    float factor[4];
+    Pack<int, 4> pack;
+    pack.items[0] = pixel_and_taps(place, level);
+    pack.items[1] = __float_as_int(place.x);
+    pack.items[2] = __float_as_int(place.y);
+    pack.items[3] = __float_as_int(weight_of(p, at, s.terms[i / SAMPLES]));
+    reinterpret_cast<uint4*>(s.samples)[i / SAMPLES * ROW + i % SAMPLES] = pack.wide;
+  }
+}
+
+// Adds VECTOR channels of a sample's taps.
+__device__ inline void add_sample(const Sample* from, const value_t* head, unsigned stride, int columns, float* sums) {
+  Pack<int, 4> pack;
+  pack.wide = *reinterpret_cast<const uint4*>(from);
+  const Place place = {__int_as_float(pack.items[1]), __int_as_float(pack.items[2]), 0, 0};
+  float rows[4][VECTOR];
+  load_taps(head, pack.items[0], columns, stride, rows);
 #pragma unroll
-    for (int tap = 0; tap < 4; ++tap) {
-      const bool has = place.has(tap, level);
-      pixel[tap] = has ? place.pixel(tap, level) : -1;
-      factor[tap] = has ? weight * place.factor_x(tap) * place.factor_y(tap) : 0.0f;
-    }
-    s.pixels[i] = make_int4(pixel[0], pixel[1], pixel[2], pixel[3]);
-    s.factors[i] = make_float4(factor[0], factor[1], factor[2], factor[3]);
+  for (int tap = 0; tap < 4; ++tap) {
+    const float factor = __int_as_float(pack.items[3]) * place.factor_x(tap) * place.factor_y(tap);
+#pragma unroll
+    for (int c = 0; c < VECTOR; ++c) sums[c] += factor * rows[tap][c];
   }
 }
 
@@ -45,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) ms_deform_
   const Shared s(memory);
   const Block block(p);
   describe_levels(p, block, s.levels);
-  softmax_of_block(p, block, reinterpret_cast<float*>(s.pixels), s.terms);
+  softmax_of_block(p, block, reinterpret_cast<float*>(s.samples), s.terms);
   locate_all(p, block, s);
   __syncthreads();
   const unsigned stride = p.heads * CHANNELS * sizeof(value_t);
@@ -59,19 +74,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) ms_deform_
       const unsigned channel = (chunk * LANES + lane) * VECTOR;
       if (channel >= CHANNELS) break;
       float sums[VECTOR] = {};
+#pragma unroll 1
+      for (int level = 0; level < LEVELS; ++level) {
+        const int columns = s.levels[level].columns;
 #pragma unroll 2
-      for (int n = 0; n < SAMPLES; ++n) {
-        const int4 pixel4 = s.pixels[i * SAMPLES + n];
-        const float4 factor4 = s.factors[i * SAMPLES + n];
-        const int pixel[4] = {pixel4.x, pixel4.y, pixel4.z, pixel4.w};
-        const float factor[4] = {factor4.x, factor4.y, factor4.z, factor4.w};
-        float rows[4][VECTOR];
-#pragma unroll
-        for (int tap = 0; tap < 4; ++tap) load_row<VECTOR>(head + channel, pixel[tap], stride, rows[tap]);
-#pragma unroll
-        for (int tap = 0; tap < 4; ++tap)
-#pragma unroll
-          for (int c = 0; c < VECTOR; ++c) sums[c] += factor[tap] * rows[tap][c];
+        for (int n = 0; n < POINTS; ++n)
+          add_sample(s.samples + i * ROW + level * POINTS + n, head + channel, stride, columns, sums);
       }
       store<VECTOR>(p.output + block.row(p, query, CHANNELS) + channel, sums);
     }

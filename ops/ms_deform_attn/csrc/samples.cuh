@@ -48,7 +48,8 @@ struct Block {
 
   // Blocks are ordered by image, tile, head.
   __device__ explicit Block(const Problem& p) {
-    const int tile = blockIdx.x / p.heads % p.tiles;
+    // The coarse levels' tiles first: they add more to memory, and should not be what the grid ends with.
+    const int tile = p.tiles - 1 - static_cast<int>(blockIdx.x / p.heads % p.tiles);
     head = blockIdx.x % p.heads;
     image = blockIdx.x / p.heads / p.tiles;
     left = top = width = height = 0;
@@ -114,6 +115,27 @@ struct Place {
   __device__ float factor_x(int tap) const { return tap & 1 ? x : 1 - x; }
   __device__ float factor_y(int tap) const { return tap >> 1 ? y : 1 - y; }
 };
+
+// A sample in one number: the pixel of its upper left tap, there or not, times 16, and a bit for each tap that exists. An
+// image has at most 2^26 pixels.
+__device__ inline int pixel_and_taps(const Place& place, const Level& level) {
+  int sample = place.pixel(0, level) * 16;
+#pragma unroll
+  for (int tap = 0; tap < 4; ++tap) sample += place.has(tap, level) << tap;
+  return sample;
+}
+__device__ inline int pixel_of(int sample, int tap, int columns) {
+  return (sample >> 4) + (tap & 1) + (tap >> 1) * columns;
+}
+
+// VECTOR channels of a sample's taps, of which the first pixel's begin at first; zeros for those that do not exist.
+__device__ inline void load_taps(const value_t* first, int sample, int columns, unsigned stride, float rows[4][VECTOR]) {
+  const char* corner = reinterpret_cast<const char*>(first) + static_cast<int64>(sample >> 4) * stride;
+  const char* below = corner + static_cast<uint64>(static_cast<unsigned>(columns)) * stride;
+#pragma unroll
+  for (int tap = 0; tap < 4; ++tap)
+    load_if<VECTOR>(sample >> tap & 1, (tap >> 1 ? below : corner) + (tap & 1) * stride, rows[tap]);
+}
 
 // The factors from offsets to pixels; for points, offsets are in pixels.
 __device__ inline float2 offset_scale(const float* reference, const Level& level) {
