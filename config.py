@@ -78,18 +78,18 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
     Args:
         path: YAML file; None starts from the defaults.
-        overrides: command-line overrides, later ones win; the value is read as YAML.
+        overrides: command-line overrides, later ones win; the value is read as YAML. ``base=FILE`` is a file of them.
 
     Raises:
         ConfigError: in one line, naming the file (or "command line"), the key and the nearest known key.
     """
     layers = list(_read_chain(Path(path), ())) if path is not None else []
-    return _decode_layers([*layers, *((text, _parse_override(text)) for text in overrides)])
+    return _decode_layers([*layers, *_read_overrides(overrides)])
 
 
 def from_dict(values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "checkpoint") -> Config:
     """Decode an already resolved configuration (of a checkpoint), with overrides on top."""
-    return _decode_layers([(source, dict(values)), *((text, _parse_override(text)) for text in overrides)])
+    return _decode_layers([(source, dict(values)), *_read_overrides(overrides)])
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def dump(config: Config) -> str:
 
 
 def _read_chain(path: Path, below: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The files of a ``base:`` chain, the deepest base first."""
+    """The files of a ``base:`` chain, the deepest base first; of several bases, later ones win."""
     if path.resolve() in below:
         raise ConfigError(f"{path}: 'base' files form a circle")
     try:
@@ -120,11 +120,20 @@ def _read_chain(path: Path, below: tuple[Path, ...]) -> Iterator[tuple[str, dict
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
     base = values.pop("base", None)
-    if base is not None:
-        if not isinstance(base, str):
-            raise ConfigError(f"{path}: 'base' must be one file name, relative to this file")
-        yield from _read_chain(path.parent / base, (*below, path.resolve()))
+    for name in base if isinstance(base, list) else [] if base is None else [base]:
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: 'base' must be a file name or a list of them, relative to this file")
+        yield from _read_chain(path.parent / name, (*below, path.resolve()))
     yield str(path), values
+
+
+def _read_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The command line's layers: ``base=FILE`` lays a whole file over what came before, such as a form of a loss."""
+    for text in overrides:
+        if text.startswith("base="):
+            yield from _read_chain(Path(text.removeprefix("base=")), ())
+        else:
+            yield text, _parse_override(text)
 
 
 def _parse_override(text: str) -> dict[str, Any]:

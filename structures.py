@@ -31,6 +31,23 @@ class Images(NamedTuple):
     """[B, 2] int64 (height, width) of each image before padding."""
 
 
+class UnlabelledParts(NamedTuple):
+    """What annotators said nothing about in a batch: it may hold objects, and is not background."""
+
+    classes: Tensor
+    """[B, C] bool, True for classes that an image says nothing about (federated annotations)."""
+    labels: Tensor
+    """[R] int64, the class of each ignored region; -1 for all classes."""
+    regions: Tensor
+    """[R, 4] float32 cxcywh in [0, 1], such as crowds."""
+    counts: tuple[int, ...]
+    """Regions per image: B integers that sum to R."""
+
+    def split(self) -> list[tuple[Tensor, Tensor]]:
+        """(labels, regions) of each image."""
+        return list(zip(self.labels.split(self.counts), self.regions.split(self.counts), strict=True))
+
+
 class Targets(NamedTuple):
     """Ground truth of a batch, concatenated over its images (empty images simply contribute nothing)."""
 
@@ -43,6 +60,8 @@ class Targets(NamedTuple):
     seeds: tuple[int, ...] = ()
     """One seed per image, from which the noise of its denoising queries is drawn: a result then depends neither on how
     the batch is split over processes nor on the number of data-loading workers. Empty where nothing is drawn."""
+    unlabelled: UnlabelledParts | None = None
+    """What is not background though it is no target; None where everything is labelled, or to be treated so."""
 
     def to(self, device: torch.device | str) -> Targets:
         """These targets on a device."""

@@ -57,12 +57,13 @@ class ClassificationLoss:
         """Score [M] of the target's class in the matched rows, detached; arguments as for the call."""
         return at_least_float32(logits.detach()[rows, labels]).sigmoid()
 
-    def normaliser(self, num_targets: float | Tensor, num_queries: int) -> float | Tensor:
+    def normaliser(self, num_targets: float | Tensor, num_queries: int, num_images: int) -> float | Tensor:
         """By what the loss of a layer is divided, summed over the global batch; here the number of targets.
 
         Args:
             num_targets: in the global batch, at least 1.
             num_queries: of the layer, in the global batch.
+            num_images: in the global batch.
         """
         return num_targets
 
@@ -74,6 +75,7 @@ class ClassificationLoss:
         iou: Tensor,
         weight: Tensor | None = None,
         groups: Tensor | None = None,
+        class_weights: Tensor | None = None,
     ) -> Tensor:
         """Loss of each row.
 
@@ -85,18 +87,23 @@ class ClassificationLoss:
             weight: [M] prime sample weights in (0, 1], which scale the targets t; None for 1.
             groups: [M] int64, the image (of a layer) each match belongs to, for losses that normalise within one;
                 None if all are of one image.
+            class_weights: [C] float32 factors of the entries of each class; None for 1.
 
         Returns:
             [N] float32 (float64 for float64 logits), summed over classes, not divided by anything.
         """
         with torch.autocast(logits.device.type, enabled=False):
             gamma, scale, detached = self.negatives()
-            negatives, matched = _NegativeRows.apply(at_least_float32(logits), rows, labels, gamma, detached)
+            logits = at_least_float32(logits)
+            negatives, matched = _NegativeRows.apply(logits, rows, labels, gamma, detached, class_weights)
             if scale != 1:
                 negatives = negatives * scale
             if weight is not None:
                 weight = weight.detach().to(matched.dtype)
-            return negatives.index_add(0, rows, self.matched(matched, iou.detach().to(matched.dtype), weight, groups))
+            matched = self.matched(matched, iou.detach().to(matched.dtype), weight, groups)
+            if class_weights is not None:
+                matched = matched * class_weights[labels]
+            return negatives.index_add(0, rows, matched)
 
 
 class _NegativeRows(torch.autograd.Function):
@@ -109,12 +116,12 @@ class _NegativeRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, rows: Tensor, labels: Tensor, gamma: float, detached: bool
+        ctx: Any, logits: Tensor, rows: Tensor, labels: Tensor, gamma: float, detached: bool, columns: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         matched = logits[rows, labels]
         # A copy of the logits that chunk by chunk becomes the gradient: the only temporary of this size.
         buffer = logits.index_put((rows, labels), logits.new_full((), float("-inf")))
-        sums = [_negatives(chunk, gamma, detached) for chunk in buffer.split(_chunk_rows(buffer))]
+        sums = [_negatives(chunk, gamma, detached, columns) for chunk in buffer.split(_chunk_rows(buffer))]
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(buffer, rows, labels)
         return torch.cat(sums), matched
@@ -125,17 +132,24 @@ class _NegativeRows(torch.autograd.Function):
         gradient, rows, labels = ctx.saved_tensors
         gradient = gradient * grad_rows[:, None]
         gradient[rows, labels] = grad_matched  # each row is matched at most once
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
-def _negatives(buffer: Tensor, gamma: float, detached: bool) -> Tensor:
-    """Row sums [n] of s^γ·BCE(s, 0) of the logits in ``buffer`` [n, C], which are replaced by its gradient."""
+def _negatives(buffer: Tensor, gamma: float, detached: bool, columns: Tensor | None) -> Tensor:
+    """Row sums [n] of s^γ·BCE(s, 0) of the logits in ``buffer`` [n, C], which are replaced by its gradient.
+
+    Columns [C] are factors of each class; None for 1.
+    """
     score = buffer.sigmoid()
-    modulation = score * score if gamma == 2 else score.pow(gamma)
+    base = score.detach() if detached else score
+    modulation = base * base if gamma == 2 else base.pow(gamma)
     loss = modulation * F.softplus(buffer)
     torch.mul(modulation, score, out=buffer)  # s^γ · dBCE/dx
     if not detached and gamma != 0:  # + γ·s^γ·(1−s)·BCE = γ·(loss − s·loss)
         buffer.add_(loss, alpha=gamma).sub_(score.mul_(loss), alpha=gamma)
+    if columns is not None:
+        buffer.mul_(columns)
+        loss.mul_(columns)
     return loss.sum(1)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.balance import Balance, balanced_weights
 from losses.boxes import OverlapLoss, box_losses
 from losses.classification import Classification
 from losses.diagnostics import instability, matching_diagnostics
 from losses.focal import Focal
 from losses.pairs import Pairs, collect_pairs, matches_of
 from losses.ranking import prime_sample_weights, rank_within
+from losses.unlabelled import Unlabelled, without_unlabelled
 from matchers import Hungarian, LayerwiseMatcher, Matcher, SoftmaxCost, match_groups
 from structures import DetectorOutputs, LossOutput, Prediction, QueryGroup, Targets
 
@@ -63,16 +67,44 @@ class Criterion:
     prime_sample_tau: float | None = None
     """Prime sample weighting (arXiv 2304.07527, section 3.4): the candidate of rank r of a target (0 is the best)
     weighs e^(−r/τ); null for equal weights. Denoising queries are not ranked."""
+    prime_sample_terms: tuple[Literal["class", "bbox", "giou"], ...] = ("class", "bbox", "giou")
+    """The terms in which ranks weigh; giou stands for whichever overlap loss ``overlap`` picks."""
     overlap: OverlapLoss = "giou"
     """Overlap loss of boxes, beside L1."""
     weights: LossWeights = field(default_factory=LossWeights)
     """Factors of the terms in the total."""
     groups: dict[str, GroupSupervision] = field(default_factory=dict)
     """What is different for a group of queries, by the group's name, such as one_to_many or denoising."""
+    query_groups: int = 1
+    """Parts of the queries that are each matched with all targets (Group-DETR, arXiv 2207.13085): all terms are
+    divided by this as well."""
+    unlabelled: Unlabelled = "background"
+    """Whether queries in crowds and ignored regions, and classes that an image says nothing about, count as background,
+    as published, or are ignored."""
+    class_weights: tuple[float, ...] | Balance | None = None
+    """Factors of the entries of each class in the classification loss: a list, or found from the training data as the
+    inverse of the classes' frequency or of its root; null for 1."""
 
     def __post_init__(self) -> None:
         if self.prime_sample_tau is not None and not self.prime_sample_tau > 0:
             raise ValueError(f"criterion.prime_sample_tau must be positive or null, not {self.prime_sample_tau}")
+        if self.query_groups < 1:
+            raise ValueError(f"criterion.query_groups must be at least 1, not {self.query_groups}")
+        if isinstance(self.class_weights, tuple) and min(self.class_weights, default=-1.0) < 0:
+            raise ValueError("criterion.class_weights must be a list of numbers that are not negative")
+
+    def for_classes(self, counts: Sequence[int]) -> Criterion:
+        """This criterion with numbers as ``class_weights``, from how many targets of each class the data hold.
+
+        Raises:
+            ValueError: the weights given are not one for each class.
+        """
+        if isinstance(self.class_weights, str):
+            return dataclasses.replace(self, class_weights=balanced_weights(self.class_weights, counts))
+        if self.class_weights is not None and len(self.class_weights) != len(counts):
+            given = len(self.class_weights)
+            raise ValueError(f"criterion.class_weights lists {given} numbers, but the data have {len(counts)} classes")
+        return self
 
     def check(self, found: Mapping[str, int], given: tuple[str, ...] = (), no_object: bool = False) -> None:
         """Raise ValueError if the criterion does not fit a detector.
@@ -127,7 +159,7 @@ class Criterion:
             normaliser = _normaliser(num_targets, targets)
             images = len(targets.counts) if num_images is None else num_images
             sums = {
-                "class": self._class_sums(groups, pairs, weight, normaliser, images),
+                "class": self._class_sums(groups, pairs, targets, weight, normaliser, images),
                 **{name: values / normaliser for name, values in self._box_sums(groups, pairs, weight).items()},
             }
             weights = (self.weights.classification, self.weights.bbox, self.weights.giou)
@@ -177,31 +209,45 @@ class Criterion:
         self,
         groups: Mapping[str, QueryGroup],
         pairs: Pairs,
+        targets: Targets,
         weight: Tensor | None,
         num_targets: float | Tensor,
         num_images: int,
     ) -> Tensor:
         """Normalised classification loss of each layer of all groups."""
-        sums = []
-        weights = [None] * len(groups) if weight is None else pairs.split(weight)
+        sums, divide_by = [], self.classification.normaliser
+        unweighted = weight is None or "class" not in self.prime_sample_terms
+        weights = [None] * len(groups) if weight is None or unweighted else pairs.split(weight)
+        of_classes = self._class_weights(targets.boxes)
+        ignored = self.unlabelled == "ignored" and targets.unlabelled is not None
         of_groups = zip(groups.values(), pairs.rows, pairs.labels, pairs.split(pairs.iou), weights, strict=True)
         for group, rows, labels, iou, own in of_groups:
             logits, matches = group.prediction.logits, matches_of(group)
             image = matches.layer * logits.shape[1] + matches.image
-            losses = self.classification(logits.reshape(-1, logits.shape[-1]), rows, labels, iou, own, image)
-            losses = losses.view(logits.shape[:-1])
+            flat = without_unlabelled(group, targets, rows, labels) if ignored else logits.reshape(-1, logits.shape[-1])
+            losses = self.classification(
+                flat, rows, labels, iou, own, image, None if group.class_agnostic else of_classes
+            ).view(logits.shape[:-1])
             if group.valid is not None:
                 losses = losses.where(group.valid, 0)
             losses = losses.sum(-1)
             losses = (losses if group.image_scale is None else losses * group.image_scale).sum(-1)
-            sums.append(losses / self.classification.normaliser(num_targets, num_images * logits.shape[2]))
-        return torch.cat(sums)
+            sums.append(losses / divide_by(num_targets, num_images * logits.shape[2], num_images))
+        return torch.cat(sums) if self.query_groups == 1 else torch.cat(sums) / self.query_groups
+
+    def _class_weights(self, like: Tensor) -> Tensor | None:
+        if isinstance(self.class_weights, str):
+            raise ValueError(f"criterion.class_weights={self.class_weights} needs the data's counts: call for_classes")
+        return None if self.class_weights is None else like.new_tensor(self.class_weights)
 
     def _box_sums(self, groups: Mapping[str, QueryGroup], pairs: Pairs, weight: Tensor | None) -> dict[str, Tensor]:
         """Summed L1 and overlap losses of each layer of all groups."""
         losses = torch.stack(box_losses(pairs.boxes, pairs.target_boxes, self.overlap))  # [2, M]
         if weight is not None:
-            losses = losses * weight
+            ones = torch.ones_like(weight)
+            losses = losses * torch.stack([weight if t in self.prime_sample_terms else ones for t in ("bbox", "giou")])
+        if self.query_groups != 1:
+            losses = losses / self.query_groups
         if pairs.scale is not None:
             losses = losses * pairs.scale
         # A masked sum instead of index_add: the same bits in every run, on every device.

@@ -35,6 +35,7 @@ class CrossEntropy(ClassificationLoss):
         iou: Tensor,
         weight: Tensor | None = None,
         groups: Tensor | None = None,
+        class_weights: Tensor | None = None,
     ) -> Tensor:
         """Loss of each row [N] of logits [N, C + 1]; arguments as in ``ClassificationLoss``."""
         with torch.autocast(logits.device.type, enabled=False):
@@ -42,13 +43,15 @@ class CrossEntropy(ClassificationLoss):
             losses = -self.no_object_weight * log_probability[:, -1]
             matched = -log_probability[rows, labels]
             if weight is not None:
-                matched = matched * weight.to(matched.dtype)
+                matched = matched * weight.detach().to(matched.dtype)
+            if class_weights is not None:
+                matched = matched * class_weights[labels]
             return losses.index_put((rows,), matched)
 
     def score(self, logits: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
         """Softmax score [M] of the target's class in the matched rows, detached."""
         return at_least_float32(logits.detach()[rows]).softmax(-1).gather(1, labels[:, None]).squeeze(1)
 
-    def normaliser(self, num_targets: float | Tensor, num_queries: int) -> float | Tensor:
+    def normaliser(self, num_targets: float | Tensor, num_queries: int, num_images: int) -> float | Tensor:
         """The sum of the weights of all queries of the global batch, each target having one."""
         return num_targets + self.no_object_weight * (num_queries - num_targets)

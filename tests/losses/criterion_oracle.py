@@ -6,7 +6,7 @@ Tests hold the real one to it, and the benchmark measures what the real one gain
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +29,38 @@ def focal(x: Tensor, matched: Tensor, u: Tensor, w: Tensor, alpha: float = 0.25,
     return torch.where(matched, alpha * (w - s).abs() ** gamma * bce(x, w), (1 - alpha) * s**gamma * bce(x, 0.0))
 
 
-def ia_bce(x: Tensor, matched: Tensor, u: Tensor, w: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+def ia_bce(
+    x: Tensor,
+    matched: Tensor,
+    u: Tensor,
+    w: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    matched_focal: str = "none",
+    matched_weight: float = 1.0,
+    negative_scale: float = 1.0,
+    negative_detached: bool = False,
+    smallest_target: float = 0.01,
+    smallest_iou: float = 0.0,
+    mean_over_queries: int | None = None,
+) -> Tensor:
     s = x.sigmoid()
-    t = w * (s.detach() ** alpha * u ** (1 - alpha)).clamp(min=0.01)
-    return torch.where(matched, bce(x, t), s**gamma * bce(x, 0.0))
+    t = w * (s.detach() ** alpha * u.clamp(min=smallest_iou) ** (1 - alpha)).clamp(min=smallest_target)
+    if matched_focal == "none":
+        own = bce(x, t)
+    elif matched_focal == "distance":
+        own = (t - s).abs() ** gamma * bce(x, t)
+    elif matched_focal == "soft":
+        own = (t * (1 - s) + (1 - t) * s) ** gamma * bce(x, t)
+    else:
+        factor = (t - s) ** gamma if matched_focal == "signed_entries" else (t - s).abs() ** gamma
+        own = factor * bce(x, 1.0) + (1 - t) * s**gamma * bce(x, 0.0)
+    modulation = s.detach() ** gamma if negative_detached else s**gamma
+    return torch.where(matched, matched_weight * own, negative_scale * modulation * bce(x, 0.0))
 
 
-def align(x: Tensor, matched: Tensor, u: Tensor, w: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    s = x.sigmoid()
-    t = w * (s.detach() ** alpha * u ** (1 - alpha)).clamp(min=0.01)
-    return torch.where(matched, (t - s).abs() ** gamma * bce(x, t), s**gamma * bce(x, 0.0))
+def align(x: Tensor, matched: Tensor, u: Tensor, w: Tensor, matched_focal: str = "distance", **fields: Any) -> Tensor:
+    return ia_bce(x, matched, u, w, matched_focal=matched_focal, **fields)
 
 
 def qfl(x: Tensor, matched: Tensor, u: Tensor, w: Tensor, beta: float = 2.0) -> Tensor:
@@ -64,9 +86,16 @@ def matchability_aware(x: Tensor, matched: Tensor, u: Tensor, w: Tensor, gamma: 
     return torch.where(matched, bce(x, w * u**gamma), x.sigmoid().detach() ** gamma * bce(x, 0.0))
 
 
+def cross_entropy(x: Tensor, matched: Tensor, u: Tensor, w: Tensor, no_object_weight: float = 0.1) -> Tensor:
+    target = torch.where(matched.any(-1), matched.double().argmax(-1), x.shape[-1] - 1)
+    chosen = F.one_hot(target, x.shape[-1]).bool()
+    weight = torch.where(matched, w, no_object_weight)
+    return torch.where(chosen, -weight * x.log_softmax(-1), 0.0)
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
-    for function in (focal, ia_bce, align, qfl, vfl, position_supervised, matchability_aware)
+    for function in (focal, ia_bce, align, qfl, vfl, position_supervised, matchability_aware, cross_entropy)
 }
 """By configuration name: loss of every entry, [Q, C], of logits x of one image, given which entries are matched and
 the IoU u and the weight w of those."""
@@ -74,6 +103,13 @@ the IoU u and the weight w of those."""
 
 def quality(name: str, s: Tensor, u: Tensor, alpha: float = 0.25) -> Tensor:
     return (s**alpha * u ** (1 - alpha)).clamp(min=0.01) if name in ("ia_bce", "align") else u
+
+
+def class_normaliser(name: str, num_targets: float, logits: Tensor) -> float:
+    """For logits [B, Q, C]: the targets; for DETR's cross entropy the sum of the weights of all queries."""
+    if name != "cross_entropy":
+        return num_targets
+    return num_targets + 0.1 * (logits.shape[0] * logits.shape[1] - num_targets)
 
 
 def to_corners(boxes: Tensor) -> Tensor:
@@ -172,7 +208,8 @@ def criterion(
             found = pairs[name, b] if pairs else match(cost_matrix(logits, boxes, labels, target_boxes), k)
             images.append(layer_losses(loss, logits, boxes, labels, target_boxes, found, tau))
         for term, values in zip(("class", "bbox", "giou"), zip(*images, strict=True), strict=True):
-            terms[f"{name}/{term}"] = torch.stack(values).sum() / normaliser
+            divisor = class_normaliser(loss, normaliser, layer.logits) if term == "class" else normaliser
+            terms[f"{name}/{term}"] = torch.stack(values).sum() / divisor
     if "denoising" in outputs.groups:
         terms |= _denoising(outputs, targets, loss, normaliser)
     factor = {"class": 1.0, "bbox": 5.0, "giou": 2.0}
@@ -197,5 +234,6 @@ def _denoising(outputs: DetectorOutputs, targets: Targets, loss: str, normaliser
             )
             images.append(Layer(*(value * denoising.image_scale[b] for value in losses)))
         for term, values in zip(("class", "bbox", "giou"), zip(*images, strict=True), strict=True):
-            terms[f"denoising.{i}/{term}"] = torch.stack(values).sum() / normaliser
+            divisor = class_normaliser(loss, normaliser, logits) if term == "class" else normaliser
+            terms[f"denoising.{i}/{term}"] = torch.stack(values).sum() / divisor
     return terms

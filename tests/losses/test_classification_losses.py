@@ -1,5 +1,7 @@
 """Each classification loss by itself, on plain tensors."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -13,47 +15,60 @@ from losses import (
     Varifocal,
 )
 from tests.losses import criterion_oracle as oracle
+from tests.losses.loss_cases import KINDS, LOSSES, VARIANTS, variants
 
-LOSSES = [Focal(), IABCE(), Align(), QualityFocal(), Varifocal(), PositionSupervised(), MatchabilityAware()]
-VARIANTS = [
-    *LOSSES,
-    Focal(alpha=0.6, gamma=0.0),
-    IABCE(alpha=0.0, gamma=1.0),
-    IABCE(alpha=1.0, gamma=0.5),
-    Align(alpha=0.5, gamma=1.5),
-    QualityFocal(beta=1.0),
-    Varifocal(alpha=1.0, gamma=0.0),
-    PositionSupervised(alpha=0.5, beta=1.0, gamma=0.5),
-    MatchabilityAware(gamma=2.0),
-]
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 
 
 def problem(dtype=torch.float64, seed=0):
-    """logits [12, 5], rows, labels, iou, weight of 4 matches."""
+    """logits [12, 5], rows, labels, iou, weight of 4 matches; no label is the last logit."""
     generator = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(12, 5, generator=generator, dtype=dtype)).requires_grad_()
-    rows, labels = torch.tensor([7, 0, 11, 4]), torch.tensor([4, 0, 2, 2])
+    rows, labels = torch.tensor([7, 0, 11, 4]), torch.tensor([3, 0, 2, 2])
     iou = torch.tensor([0.9, 0.3, 0.0, 1.0], dtype=dtype)
     return logits, rows, labels, iou, torch.tensor([1.0, 0.5, 0.8, 0.2], dtype=dtype)
+
+
+def entries(loss, logits, rows, labels, iou, weight):
+    """What the oracle says of every entry."""
+    settings = {field.name: getattr(loss, field.name) for field in dataclasses.fields(loss) if field.name != "name"}
+    matched = torch.zeros(logits.shape, dtype=torch.bool)
+    u, w = torch.zeros(2, *logits.shape, dtype=logits.dtype)
+    matched[rows, labels] = True
+    u[rows, labels], w[rows, labels] = iou, torch.ones_like(iou) if weight is None else weight
+    return oracle.LOSSES[loss.name](logits, matched, u, w, **settings)
+
+
+def test_every_loss_has_an_oracle():
+    assert {loss.name for loss in LOSSES} == oracle.LOSSES.keys()
 
 
 @pytest.mark.parametrize("loss", VARIANTS, ids=repr)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_is_its_equation(loss, weighted):
     logits, rows, labels, iou, weight = problem()
-    ours = loss(logits, rows, labels, iou, weight if weighted else None)
-    settings = {field: getattr(loss, field) for field in loss.__dataclass_fields__ if field != "name"}
-    matched = torch.zeros(12, 5, dtype=torch.bool)
-    u, w = torch.zeros(12, 5, dtype=torch.float64), torch.zeros(12, 5, dtype=torch.float64)
-    matched[rows, labels] = True
-    u[rows, labels], w[rows, labels] = iou, weight if weighted else torch.ones_like(weight)
-    expected = oracle.LOSSES[loss.name](logits, matched, u, w, **settings).sum(1)
-    torch.testing.assert_close(ours, expected)
+    weight = weight if weighted else None
+    ours = loss(logits, rows, labels, iou, weight)
+    expected = entries(loss, logits, rows, labels, iou, weight).sum(1)
+    close = {"rtol": 1e-7, "atol": 2e-6}  # powers below 1 have a base of at least 1e-12
+    torch.testing.assert_close(ours, expected, **close)
     pull = torch.linspace(0.5, 2, 12, dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.autograd.grad((ours * pull).sum(), logits), torch.autograd.grad((expected * pull).sum(), logits)
-    )
+    gradients = [torch.autograd.grad((value * pull).sum(), logits) for value in (ours, expected)]
+    torch.testing.assert_close(*gradients, **close)
+
+
+@every_loss
+@pytest.mark.parametrize("weighted", [False, True])
+def test_class_weights_scale_the_entries_of_their_class(loss, weighted):
+    logits, rows, labels, iou, weight = problem()
+    weight = weight if weighted else None
+    factors = torch.tensor([0.0, 0.5, 3.0, 1.5] if loss.no_object else [0.0, 0.5, 3.0, 1.5, 2.0], dtype=torch.float64)
+    ours = loss(logits, rows, labels, iou, weight, None, factors)
+    if loss.no_object:
+        factors = torch.cat((factors, torch.ones(1, dtype=torch.float64)))
+    expected = (entries(loss, logits, rows, labels, iou, weight) * factors).sum(1)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), logits), torch.autograd.grad(expected.sum(), logits))
 
 
 @pytest.mark.parametrize("loss", [Focal(), QualityFocal(), Varifocal(), Align(alpha=0.0)], ids=lambda loss: loss.name)
@@ -69,9 +84,7 @@ def test_no_matches_leave_only_negatives(loss):
     nothing = torch.empty(0, dtype=torch.long)
     empty = torch.empty(0, dtype=torch.float64)
     value = loss(logits, nothing, nothing, empty, empty, nothing)
-    gamma, scale, _ = loss.negatives()
-    expected = scale * (logits.sigmoid() ** gamma * oracle.bce(logits, 0.0)).sum(1)
-    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(value, entries(loss, logits, nothing, nothing, empty, None).sum(1))
     assert loss(logits[:0], nothing, nothing, empty).shape == (0,)
 
 
@@ -98,24 +111,25 @@ def test_order_of_the_matches_does_not_matter(loss):
     )
 
 
-@every_loss
-@pytest.mark.parametrize("value", [-100.0, -30.0, 0.0, 30.0, 100.0])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind().name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_finite_at_extreme_logits(loss, value, dtype):
-    """In float32 and, as under autocast, from half-precision logits; the result is float32 either way."""
-    logits = torch.full((4, 3), value, dtype=dtype, requires_grad=True)
-    rows, labels = torch.tensor([1, 2, 3]), torch.tensor([0, 1, 2])
-    iou = torch.tensor([0.0, 0.5, 1.0])
-    for weight in (None, torch.tensor([1.0, 0.5, 1e-3])):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            losses = loss(logits, rows, labels, iou, weight)
-        (gradient,) = torch.autograd.grad(losses.sum(), logits)
-        assert losses.dtype == torch.float32
-        assert losses.isfinite().all()
-        assert gradient.isfinite().all()
-        exact = logits.detach().double().requires_grad_()
-        expected = loss(exact, rows, labels, iou.double(), None if weight is None else weight.double())
-        torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+def test_finite_at_extreme_logits(kind, dtype):
+    """With every exponent, in float32 and, as under autocast, from half-precision logits; the result is float32."""
+    values = torch.tensor([-1e4, -100.0, -30.0, 0.0, 30.0, 100.0, 1e4]).repeat_interleave(4)
+    rows = (torch.arange(len(values)) % 4).nonzero()[:, 0]
+    iou, weight = torch.tensor([0.0, 0.5, 1.0]).repeat(7), torch.tensor([1.0, 0.5, 1e-3]).repeat(7)
+    least = 1 + kind.no_object
+    for loss in variants(kind):
+        for columns, labels, weights in ((least, rows * 0, None), (4, rows % 4 - 1, None), (4, rows % 4 - 1, weight)):
+            logits = values.to(dtype)[:, None].repeat(1, columns).requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                losses = loss(logits, rows, labels, iou, weights)
+            (gradient,) = torch.autograd.grad(losses.sum(), logits)
+            assert losses.dtype == torch.float32
+            assert losses.isfinite().all(), loss
+            assert gradient.isfinite().all(), loss
+            exact = loss(logits.double(), rows, labels, iou.double(), None if weights is None else weights.double())
+            torch.testing.assert_close(losses.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_focal_at_weight_one_is_plain_focal():
@@ -168,6 +182,9 @@ def test_position_supervised_scales_within_each_group():
         (Focal, {"gamma": -1.0}),
         (IABCE, {"alpha": -0.1}),
         (Align, {"gamma": -1.0}),
+        (IABCE, {"matched_weight": -1.0}),
+        (IABCE, {"smallest_target": 1.5}),
+        (IABCE, {"mean_over_queries": -1}),
         (QualityFocal, {"beta": -1.0}),
         (Varifocal, {"alpha": -1.0}),
         (PositionSupervised, {"beta": -1.0}),
@@ -178,3 +195,21 @@ def test_senseless_settings_are_refused(loss, fields):
     (field,) = fields
     with pytest.raises(ValueError, match=field):
         loss(**fields)
+
+
+def test_a_signed_factor_needs_a_whole_exponent():
+    with pytest.raises(ValueError, match="whole"):
+        IABCE(matched_focal="signed_entries", gamma=0.5)
+
+
+def test_align_is_ia_bce_with_a_factor_of_distance():
+    logits, rows, labels, iou, weight = problem()
+    named = IABCE(alpha=0.3, gamma=1.5, matched_focal="distance")(logits, rows, labels, iou, weight)
+    torch.testing.assert_close(Align(alpha=0.3, gamma=1.5)(logits, rows, labels, iou, weight), named, rtol=0, atol=0)
+
+
+def test_a_mean_over_queries_counts_at_least_so_many():
+    assert IABCE().normaliser(7.0, 20, 2) == 7
+    assert IABCE(mean_over_queries=0).normaliser(7.0, 20, 2) == 20
+    assert IABCE(mean_over_queries=200).normaliser(7.0, 20, 2) == 400
+    assert IABCE(mean_over_queries=0).normaliser(7.0, 0, 0) == 1

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losses import (
-    IABCE,
-    Align,
-    Criterion,
-    Focal,
-    MatchabilityAware,
-    PositionSupervised,
-    QualityFocal,
-    Varifocal,
-)
-from matchers import Hungarian, Mixed, match_groups
+from losses import Criterion
+from matchers import FocalCost, Hungarian, Mixed, SoftmaxCost, match_groups
 from structures import DetectorOutputs, Targets
 from tests.losses import criterion_oracle as oracle
 from tests.losses.criterion_cases import leaves_of, make_outputs, map_predictions
+from tests.losses.loss_cases import LOSSES
 
-LOSSES = [IABCE(), Focal(), Align(), QualityFocal(), Varifocal(), PositionSupervised(), MatchabilityAware()]
+
+def criterion_of(loss, targets, matcher, tau):
+    """A criterion whose cost fits the loss; if the last logit means "no object", no target keeps it as its label."""
+    cost = SoftmaxCost() if loss.no_object else FocalCost()
+    if loss.no_object:
+        targets.labels.clamp_(max=0 if len(targets.labels) == 0 else max(0, int(targets.labels.max()) - 1))
+    return Criterion(classification=loss, matcher=dataclasses.replace(matcher, cost=cost), prime_sample_tau=tau)
 
 
 def layers_to_match(outputs: DetectorOutputs) -> dict[str, int]:
@@ -76,14 +76,14 @@ def assert_equal_to_oracle(config, outputs, targets, rtol, *, given_pairs=False,
 @pytest.mark.parametrize("matcher", [Hungarian(), Mixed(candidates=3)], ids=lambda matcher: matcher.name)
 def test_every_loss(loss, tau, matcher):
     outputs, targets = make_outputs(1, (3, 0, 5), dtype=torch.float64)
-    config = Criterion(classification=loss, matcher=matcher, prime_sample_tau=tau)
-    assert_equal_to_oracle(config, outputs, targets, 1e-10)
+    config = criterion_of(loss, targets, matcher, tau)
+    assert_equal_to_oracle(config, outputs, targets, 1e-10, given_pairs=loss.no_object)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 def test_float32_is_as_close_as_float32_allows(loss):
     exact, targets = make_outputs(2, (4, 1, 7), num_queries=60, num_classes=20, dtype=torch.float64)
-    config = Criterion(classification=loss, matcher=Mixed(candidates=2), prime_sample_tau=1.5)
+    config = criterion_of(loss, targets, Mixed(candidates=2), 1.5)
     single = map_predictions(exact, lambda part: part.detach().float().requires_grad_())
     ours, expected = config(single, targets), config(exact, targets)
     assert ours.total.dtype == torch.float32
@@ -125,5 +125,5 @@ def problems(draw):
 def test_any_shape(problem, loss, tau, num_targets):
     """Empty images, more targets than queries, duplicates, other query counts in the encoder; matches as found."""
     outputs, targets, matcher = problem
-    config = Criterion(classification=loss, matcher=matcher, prime_sample_tau=tau)
+    config = criterion_of(loss, targets, matcher, tau)
     assert_equal_to_oracle(config, outputs, targets, 1e-9, given_pairs=True, num_targets=num_targets)
