@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
     with distributed.agreed_errors():  # nothing in here may depend on other processes
         set_default_backend(cfg.op_backend)
         environment |= {"op_backend": describe_backend(device), "metric_backend": choose_backend("auto")}
-        train_set, val_set = cfg.data.build_datasets()
+        train_set, val_set = cfg.data.build_datasets(unlabelled=cfg.criterion.unlabelled == "ignored")
         for title, dataset in (("training", train_set), ("validation", val_set)):
             for line in dataset.report.lines():
                 log.info("%s annotations: %s", title, line)
@@ -78,6 +79,8 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
             accumulation_steps=cfg.trainer.accumulation_steps,
         )
         categories = [list(category) for category in train_set.categories]
+        counts = torch.bincount(train_set.annotations.labels, minlength=len(categories)).tolist()
+        cfg = dataclasses.replace(cfg, criterion=cfg.criterion.for_classes(counts))
         validation = build_validation(cfg, val_set, device, output_dir)
         torch.manual_seed(cfg.seed)
         model = cfg.model.build(len(categories), load_backbone=loaded is None and args.init_from is None)

@@ -65,14 +65,17 @@ class DataConfig:
             raise ValueError(f"data.std must be positive, got {list(self.std)}")
         final_size(self.val.transforms, (1, 1))
 
-    def build_datasets(self) -> tuple[CocoDataset, CocoDataset]:
+    def build_datasets(self, *, unlabelled: bool = False) -> tuple[CocoDataset, CocoDataset]:
         """(training, validation) data set; both use the classes of the training annotations.
+
+        Args:
+            unlabelled: whether training samples tell what is not labelled from background.
 
         Raises:
             FileNotFoundError: a file or directory is missing.
             ValueError: annotations cannot be used, or the two splits contradict each other.
         """
-        train = self.train.build(split="train")
+        train = self.train.build(split="train", unlabelled=unlabelled)
         return train, self.val.build(split="val", categories=train.categories)
 
     def build_train_loader(

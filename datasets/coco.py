@@ -24,6 +24,7 @@ from datasets.image_files import absent_files, explain_absence
 from datasets.images import UnreadableImageError, decode_image, read_size
 from datasets.labelled_image import relative_boxes
 from datasets.transforms import Transform, apply_transforms
+from datasets.unlabelled import PackedUnlabelled, read_unlabelled
 from ops.annotation_cache import shared
 from ops.coco_columns import NO_CATEGORY_ID
 from ops.coco_file import CocoFile
@@ -61,6 +62,10 @@ class Sample(NamedTuple):
     """(height, width) to which annotated boxes refer."""
     seed: int
     """Of the key it was asked for with."""
+    regions: tuple[Tensor, Tensor] | None = None
+    """(boxes [r, 4] like ``boxes``, labels [r]) of ignored regions; None where they count as background."""
+    silent: Tensor | None = None
+    """[C] bool, True for classes that the image says nothing about; None with ``regions``."""
 
 
 class LoadedSample(NamedTuple):
@@ -90,6 +95,7 @@ class CocoDataset(CocoDetection):
         transforms: tuple[Transform, ...],
         training: bool,
         strict_images: bool = False,
+        unlabelled: PackedUnlabelled | None = None,
     ) -> None:
         VisionDataset.__init__(self, str(images))
         self.annotations = annotations
@@ -100,6 +106,8 @@ class CocoDataset(CocoDetection):
         self.augmentation = transforms
         self.training = training
         self.strict_images = strict_images
+        self.unlabelled = unlabelled
+        """What is no background though it is not labelled; None to treat it as background."""
         self.damaged: dict[int, str] = {}
         """What is missing of pictures whose last bytes are, by index; of those that this process has loaded."""
 
@@ -159,17 +167,24 @@ class CocoDataset(CocoDetection):
             except UnreadableImageError as error:
                 skipped.append((image_id, str(error)))
                 continue
-            result = apply_transforms(self.augmentation, image, boxes, labels, key.seed)
-            sample = Sample(
-                result.image.as_subclass(Tensor),
-                relative_boxes(result),
-                result.labels,
-                image_id,
-                original_size,
-                key.seed,
-            )
-            return LoadedSample(sample, tuple(skipped))
+            return LoadedSample(self._augment(index, image, boxes, labels, original_size, key.seed), tuple(skipped))
         return LoadedSample(None, tuple(skipped))
+
+    def _augment(
+        self, index: int, image: Tensor, boxes: Tensor, labels: Tensor, original_size: tuple[int, int], seed: int
+    ) -> Sample:
+        if self.unlabelled is not None:  # regions go through the transforms as boxes with labels below 0
+            regions, of_class = self.unlabelled.regions.targets(index)
+            scale = torch.tensor([image.shape[2] / original_size[1], image.shape[1] / original_size[0]] * 2)
+            boxes, labels = torch.cat((boxes, regions * scale)), torch.cat((labels, -1 - of_class))
+        result = apply_transforms(self.augmentation, image, boxes, labels, seed)
+        pixels, image_id = result.image.as_subclass(Tensor), int(self.annotations.image_ids[index])
+        if self.unlabelled is None:
+            return Sample(pixels, relative_boxes(result), result.labels, image_id, original_size, seed)
+        targets, ignored = result.keep(result.labels >= 0), result.keep(result.labels < 0)
+        sample = Sample(pixels, relative_boxes(targets), targets.labels, image_id, original_size, seed)
+        regions_left = relative_boxes(ignored), -1 - ignored.labels
+        return sample._replace(regions=regions_left, silent=self.unlabelled.silent[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,12 +202,15 @@ class CocoConfig:
     strict_images: bool = False
     """Whether a picture whose last bytes are missing counts as unreadable; else it is decoded as far as it goes."""
 
-    def build(self, *, split: Split, categories: tuple[Category, ...] | None = None) -> CocoDataset:
+    def build(
+        self, *, split: Split, categories: tuple[Category, ...] | None = None, unlabelled: bool = False
+    ) -> CocoDataset:
         """Reads and cleans the annotations.
 
         Args:
             split: images of "train" that are absent or unreadable are skipped; those of "val" count as missed.
             categories: the classes to map to; None: those of the annotation file.
+            unlabelled: whether samples tell crowds, and classes that an image says nothing about, from background.
 
         Raises:
             FileNotFoundError: the annotation file or the image directory does not exist.
@@ -200,6 +218,7 @@ class CocoConfig:
         """
         self._check_paths(split)
         own, packed, report = _read(self.annotations, categories)
+        unknown = read_unlabelled(self.annotations, packed, categories or own) if unlabelled else None
         training = split == "train"
         for category in categories or () if categories != own else ():
             if category not in own:
@@ -223,12 +242,13 @@ class CocoConfig:
             present = torch.ones(len(packed.image_ids), dtype=torch.bool)
             present[torch.tensor(absent)] = False
             packed = packed.select(present.nonzero()[:, 0])
+            unknown = unknown and unknown.select(present.nonzero()[:, 0])
         if training and not len(packed.labels):
             raise ValueError(
                 f"{self.annotations} has no usable box to train on: {'; '.join(report.lines()) or 'no annotations'}"
             )
         return CocoDataset(
-            self.images, packed, categories or own, report, self.transforms, training, self.strict_images
+            self.images, packed, categories or own, report, self.transforms, training, self.strict_images, unknown
         )
 
     def _check_paths(self, split: Split) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datasets.coco import LoadedSample, Sample
-from structures import Batch, Images, Targets, map_tensors
+from structures import Batch, Images, Targets, UnlabelledParts, map_tensors
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,20 @@ def make_batch(
             torch.cat([sample.boxes for sample in samples]),
             tuple(len(sample.labels) for sample in samples),
             tuple(sample.seed for sample in samples),
+            _unlabelled(samples),
         ),
         image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         original_sizes=torch.tensor([sample.original_size for sample in samples], dtype=torch.int64),
     )
+
+
+def _unlabelled(samples: Sequence[Sample]) -> UnlabelledParts | None:
+    regions = [sample.regions for sample in samples if sample.regions is not None]
+    silent = [sample.silent for sample in samples if sample.silent is not None]
+    if len(regions) < len(samples):
+        return None
+    boxes, labels = (torch.cat(parts) for parts in zip(*regions, strict=True))
+    return UnlabelledParts(torch.stack(silent), labels, boxes, tuple(len(own) for own, _ in regions))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ class ImageEntry(msgspec.Struct, gc=False):
     file_name: Any = None
     height: Any = None
     width: Any = None
+    neg_category_ids: Any = None
+    not_exhaustive_category_ids: Any = None
 
 
 class PlainAnnotation(msgspec.Struct, gc=False):
