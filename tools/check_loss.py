@@ -1,0 +1,75 @@
+"""Tests a detection loss: where it is not finite, what it divides by, whether one image changes another, and more.
+
+python -m tools.check_loss MODULE:FUNCTION [--fields '{"gamma": [0, 2]}'] [--json FILE] tests the function
+``loss(logits [B, Q, C], boxes [B, Q, 4], targets) → scalar``, as `losses.conformance.check` describes its arguments.
+python -m tools.check_loss --cfg FILE [KEY=VALUE …] tests the criterion of a configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import config
+from losses.conformance import PlainLoss, check, of_criterion
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; its help is this module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subject", nargs="*", help="MODULE:FUNCTION, or with --cfg overrides")
+    parser.add_argument("--cfg", type=Path, help="configuration whose criterion is tested")
+    parser.add_argument("--fields", type=json.loads, default={}, help="JSON: arguments of the loss and values to try")
+    parser.add_argument("--logits", type=int, default=4, help="of each query (%(default)s)")
+    parser.add_argument("--no-object", action="store_true", help='the last logit means "no object", under a softmax')
+    parser.add_argument("--json", type=Path, help="file for the findings as JSON")
+    options = parser.parse_args(arguments)
+    if options.cfg is None and len(options.subject) != 1:
+        parser.error("expected one MODULE:FUNCTION, or --cfg")
+    return options
+
+
+def find_loss(name: str) -> PlainLoss:
+    """The function that MODULE:FUNCTION names; modules are also found in the working directory.
+
+    Raises:
+        ValueError: there is no such module, or nothing in it of this name can be called.
+    """
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        loss = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        raise ValueError(f"{name}: the module {module} cannot be imported ({error})") from error
+    if not callable(loss):
+        raise ValueError(f"{name}: the module {module} has no function '{function}'; expected MODULE:FUNCTION")
+    return loss
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; 0: no faults, 1: faults, 2: there was nothing to test."""
+    options = parse_arguments(arguments)
+    try:
+        if options.cfg is None:
+            name, no_object = options.subject[0], options.no_object
+            loss = find_loss(name)
+        else:
+            criterion = config.load(options.cfg, options.subject).criterion
+            name, no_object = f"{options.cfg} {' '.join(options.subject)}".strip(), criterion.classification.no_object
+            loss = of_criterion(criterion)
+        report = check(loss, name=name, fields=options.fields, num_logits=options.logits, no_object=no_object)
+        if options.json is not None:
+            options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 1 if report.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
