@@ -17,8 +17,8 @@ from losses import GroupSupervision
 from matchers import FocalCost, Hungarian, Mixed
 
 ROOT = Path(__file__).parents[1]
-# Sweep files have a form of their own, which the tests of the sweep tool hold.
-CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "sweeps")
+# Sweep files and forms of losses are no whole configurations: their own tests hold them.
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name not in ("sweeps", "losses"))
 RUNNABLE = [path for path in CONFIGS if path.name != "coco.yaml"]
 
 DATA = """
@@ -39,6 +39,19 @@ def test_dump_and_load_are_inverse(tmp_path):
     path = write(tmp_path, config.dump(cfg), data=False)
     assert config.load(path) == cfg
     assert config.from_dict(config.to_dict(cfg)) == cfg
+
+
+def test_of_several_bases_later_ones_win_and_one_may_be_an_override(tmp_path):
+    write(tmp_path, "optimizer: {lr: 1e-3, weight_decay: 0.5}\nseed: 1", "first.yaml")
+    write(tmp_path, "optimizer: {lr: 2e-3}", "second.yaml", data=False)
+    over = write(tmp_path, "seed: 3", "over.yaml", data=False)
+    path = write(tmp_path, "base: [first.yaml, second.yaml]\noutput_dir: here", data=False)
+    found = config.load(path, ["seed=2", f"base={over}", "optimizer.weight_decay=0.25"])
+    assert (found.optimizer.lr, found.optimizer.weight_decay, found.seed, found.output_dir) == (2e-3, 0.25, 3, "here")
+    with pytest.raises(config.ConfigError, match=r"over\.yaml: seed: expected an integer"):
+        config.load(path, [f"base={write(tmp_path, 'seed: x', 'over.yaml', data=False)}"])
+    with pytest.raises(config.ConfigError, match="'base' must be a file name or a list of them"):
+        config.load(write(tmp_path, "base: [[first.yaml]]", "bad.yaml", data=False))
 
 
 def test_base_files_merge_and_lists_replace(tmp_path):
