@@ -44,7 +44,7 @@ def read_unlabelled(path: str, packed: PackedAnnotations, categories: tuple[Cate
         content = read_annotation_file(path)
         sizes, ids = packed.sizes.numpy().astype(np.int64), np.array([category.id for category in categories])
         only_crowds = content.annotations._replace(crowd=~content.annotations.crowd)
-        boxes = clean_boxes(only_crowds, packed.image_ids.numpy(), sizes, ids, path)
+        boxes, _ = clean_boxes(only_crowds, packed.image_ids.numpy(), sizes, ids, path)
         kept = np.flatnonzero(boxes.findings <= CLIPPED)
         kept = kept[np.argsort(boxes.images[kept], kind="stable")]
         return {
