@@ -1,35 +1,82 @@
 #!/bin/sh
-# All GPU tests and benchmarks in under 8 minutes: run where there is a GPU, commit what appears in benchmarks/results/.
+# All GPU tests and benchmarks, those first that a first run has to show: run where there is a GPU, commit what appears in
+# benchmarks/results/. Every part has its own limit, keeps its results as they come, and keeps no other from running.
 #
-#   sh benchmarks/gpu.sh [python]        PEER=module:function adds an implementation to compare with
+#   sh benchmarks/gpu.sh [python [part ...]]    tests sanitizer benchmark metrics tuning models; all take up to 14 minutes
+#   PEER=module:function                        adds an implementation to compare with, as the public kernel
+#   PUBLIC_STEP="command ..."                   is run beside the whole models, as a step of the public DINO
+#   DRY_RUN=1                                   only prints each command and its limit in seconds
 #
-# Only the test files that have GPU tests are read: the others need more packages than these.
-#
-# A part that fails does not keep the others from running; the exit status tells whether all passed.
+# Only the test files that have GPU tests are read: the others need more packages than these. The exit status tells whether
+# all parts passed.
 cd "$(dirname "$0")/.." || exit 2
 python=${1:-python3}
-results=benchmarks/results
+[ $# -gt 0 ] && shift
+parts=${*:-tests sanitizer benchmark metrics tuning models}
+results=${RESULTS:-benchmarks/results}
 mkdir -p "$results"
 status=0
 
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA device" >&2; exit 2; }
-name=$("$python" -c 'import torch; print("-".join(torch.cuda.get_device_name().lower().split()[:3]))')
-date=$(date -u +%Y-%m-%d)
+if [ -z "$DRY_RUN" ]; then
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA device" >&2; exit 2; }
+    name=$("$python" -c 'import torch; print("-".join(torch.cuda.get_device_name().lower().split()[:3]))')-$(date -u +%Y-%m-%d)
+fi
 
-# run SECONDS COMMAND...: one part, given up when its time is over
+# run SECONDS FILE COMMAND...: one command, given up when its time is over; FILE in the results keeps what it prints
 run() {
-    limit=$1
-    shift
-    echo "== $*"
-    timeout "$limit" "$python" "$@" || status=1
+    limit=$1 file=$2
+    shift 2
+    echo "== $limit s: $*"
+    [ -n "$DRY_RUN" ] && return
+    timeout "$limit" "$@" > "$results/$file-$name.txt" 2>&1 || { status=1; echo "failed: $file ($?)"; }
+    tail -n 20 "$results/$file-$name.txt"
 }
 
-timeout 130 "$python" -m pytest -q -m gpu $(grep -rl "mark\.gpu" tests --include="test_*.py") > "$results/gpu-tests-$name-$date.txt" 2>&1 || status=1
-tail -n 3 "$results/gpu-tests-$name-$date.txt"
-run 180 -m benchmarks.ms_deform_attn --device cuda --dtype float32 bfloat16 --rounds 20 ${PEER:+--peer "$PEER"}
-run 40 -m benchmarks.inference --device cuda --rounds 10 --save "inference-dino-r50-$name"
-run 40 -m benchmarks.inference --device cuda --rounds 10 --autocast bfloat16 --save "inference-dino-r50-bf16-$name"
-run 60 -m benchmarks.inference --device cuda --rounds 5 --cfg configs/align_dino.yaml --train --batch 2 \
-    model.backbone.pretrained=false model.backbone.norm=batch model.backbone.frozen_stages=0 \
-    --autocast bfloat16 --save "step-align-dino-bf16-$name"
+# has TOOL: whether it is installed
+has() {
+    [ -n "$DRY_RUN" ] || command -v "$1" > /dev/null || { echo "== $1 is not installed"; return 1; }
+}
+
+one_test="tests/ops/test_ms_deform_attn_gpu.py::test_gpu_matches_the_reference[32-2-True-False-dtype0]"
+metrics=l1tex__data_pipe_lsu_wavefronts.sum,l1tex__t_sector_hit_rate.pct,lts__t_sectors_op_read.sum,lts__t_sectors_op_red.sum
+metrics=$metrics,sm__warps_active.avg.pct_of_peak_sustained_active,smsp__issue_active.avg.pct,smsp__inst_executed.sum
+metrics=$metrics,launch__occupancy_per_shared_mem_size,gpu__time_duration.sum
+
+for part in $parts; do
+    case $part in
+    tests)
+        run 130 gpu-tests "$python" -m pytest -q -m gpu $(grep -rl "mark\.gpu" tests --include="test_*.py")
+        ;;
+    sanitizer)
+        for tool in memcheck racecheck; do
+            has compute-sanitizer && run 50 "gpu-$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+                "$python" -m pytest -q "$one_test"
+        done
+        ;;
+    benchmark)
+        run 180 gpu-benchmark "$python" -m benchmarks.ms_deform_attn --device cuda --dtype float32 bfloat16 --rounds 20 \
+            ${PEER:+--peer "$PEER"}
+        ;;
+    metrics)
+        has ncu && run 80 gpu-metrics ncu --csv --kernel-name regex:ms_deform_attn --launch-count 12 --metrics "$metrics" \
+            "$python" -m benchmarks.ms_deform_attn --device cuda --dtype float32 bfloat16 --rounds 1 --no-save
+        ;;
+    tuning)
+        run 200 gpu-tuning "$python" -m benchmarks.tune_ms_deform_attn
+        ;;
+    models)
+        run 35 gpu-inference "$python" -m benchmarks.inference --device cuda --rounds 10 --save "inference-dino-r50-$name"
+        run 35 gpu-inference-bf16 "$python" -m benchmarks.inference --device cuda --rounds 10 --autocast bfloat16 \
+            --save "inference-dino-r50-bf16-$name"
+        run 40 gpu-step "$python" -m benchmarks.inference --device cuda --rounds 5 --cfg configs/align_dino.yaml --train \
+            --batch 2 model.backbone.pretrained=false model.backbone.norm=batch model.backbone.frozen_stages=0 \
+            --autocast bfloat16 --save "step-align-dino-bf16-$name"
+        [ -n "$PUBLIC_STEP" ] && run 40 gpu-public-step sh -c "$PUBLIC_STEP"
+        ;;
+    *)
+        echo "no such part: $part" >&2
+        status=2
+        ;;
+    esac
+done
 exit $status

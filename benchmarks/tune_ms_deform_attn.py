@@ -188,6 +188,9 @@ def main() -> None:
             continue
         found = measure(case, dtype, arguments.rounds)
         rows += found
+        about = machine("cuda")
+        path = results_file("tune_ms_deform_attn", about)
+        path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")  # each time: the next may be cut off
         for what, group in itertools.groupby(found, key=lambda row: row["what"]):
             for place, row in enumerate(group):
                 if place < arguments.top or row["variant"] == "default":
@@ -196,11 +199,6 @@ def main() -> None:
                         f"{row['blocks']} blocks a multiprocessor  {row['variant']}",
                         flush=True,
                     )
-    if rows:
-        about = machine("cuda")
-        path = results_file("tune_ms_deform_attn", about)
-        path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-        print("saved", path.name)
 
 
 if __name__ == "__main__":
