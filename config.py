@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,11 @@ class Config:
 
     def __post_init__(self) -> None:
         self.criterion.check(self.model.matched_layers, self.model.given_groups, self.model.no_object)
+        if self.data.mean is None or self.data.std is None:
+            # From here on they are explicit: a checkpoint keeps them, whatever a later version of timm says.
+            mean, std = self.model.backbone.pixel_statistics
+            data = replace(self.data, mean=self.data.mean or mean, std=self.data.std or std)
+            object.__setattr__(self, "data", data)
 
 
 class ConfigError(ValueError):

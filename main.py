@@ -67,6 +67,7 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
     with distributed.agreed_errors():  # nothing in here may depend on other processes
         set_default_backend(cfg.op_backend)
         environment |= {"op_backend": describe_backend(device), "metric_backend": choose_backend("auto")}
+        cfg.model.backbone.check(load_weights=loaded is None and args.init_from is None)
         train_set, val_set = cfg.data.build_datasets(unlabelled=cfg.criterion.unlabelled == "ignored")
         for title, dataset in (("training", train_set), ("validation", val_set)):
             for line in dataset.report.lines():
@@ -145,14 +146,15 @@ def evaluate(cfg: Config, loaded: checkpoint.Loaded, device: torch.device) -> No
 def build_validation(
     cfg: Config, dataset: CocoDataset, device: torch.device, directory: Path | None = None
 ) -> Validation:
+    mean, std = cfg.data.pixel_statistics
     loader = cfg.data.build_val_loader(dataset, rank=distributed.rank(), world_size=distributed.world_size())
     return Validation(
         loader,
         Evaluator(cfg.data.val.annotations, dataset.categories),
         device=device,
         precision=cfg.trainer.precision,
-        mean=cfg.data.mean,
-        std=cfg.data.std,
+        mean=mean,
+        std=std,
         picture=None if directory is None else directory / PREDICTIONS,
         detections=None if directory is None else directory / DETECTIONS,
     )

@@ -51,19 +51,26 @@ class DataConfig:
     """Micro-batches that each worker prepares ahead."""
     pad_multiple: int = 1
     """Height and width of a batch are rounded up to a multiple of this."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Of the red, green and blue channel, for pixels in [0, 1] (ImageNet's by default)."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation of the channels."""
+    mean: tuple[float, float, float] | None = None
+    """Of the red, green and blue channel, for pixels in [0, 1]; null: the backbone's own."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of the channels; null: the backbone's own."""
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.eval_batch_size, self.prefetch, self.pad_multiple) < 1:
             raise ValueError("data: batch_size, eval_batch_size, prefetch and pad_multiple must be at least 1")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers must not be negative, got {self.num_workers}")
-        if min(self.std) <= 0:
+        if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std must be positive, got {list(self.std)}")
         final_size(self.val.transforms, (1, 1))
+
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """(mean, std) of the images; a whole configuration (``config.Config``) fills in the backbone's own."""
+        assert self.mean is not None
+        assert self.std is not None
+        return self.mean, self.std
 
     def build_datasets(self, *, unlabelled: bool = False) -> tuple[CocoDataset, CocoDataset]:
         """(training, validation) data set; both use the classes of the training annotations.
@@ -112,7 +119,7 @@ class DataConfig:
         return WorkerPool(
             dataset,
             sampler,
-            Collate(self.mean, self.std, self.pad_multiple, equal_sizes=not training),
+            Collate(*self.pixel_statistics, self.pad_multiple, equal_sizes=not training),
             num_workers=self.num_workers,
             worker_start=self.worker_start,
             prefetch=self.prefetch,

@@ -271,3 +271,17 @@ def test_every_field_has_a_docstring(kind):
                 continue  # the class says what it picks
             documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
             assert documented, f"{kind.__name__}.{ast.unparse(statement.target)} has no docstring"
+
+
+def test_pixel_statistics_are_the_backbones_own_unless_given(tmp_path):
+    path = write(tmp_path, "model: {backbone: {model: tf_efficientnet_lite0}}")
+    cfg = config.load(path)
+    assert cfg.data.pixel_statistics == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    given = config.load(path, ["data.mean=[0.1, 0.2, 0.3]"])
+    assert given.data.pixel_statistics == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    # What is resolved once stays: another backbone's would be wrong for the weights of a checkpoint.
+    other = config.from_dict(config.to_dict(cfg), ["model.backbone.model=resnet50"])
+    assert other.data.pixel_statistics == cfg.data.pixel_statistics
+    assert config.load(path, ["model.backbone.model=resnet50"]).data.mean == (0.485, 0.456, 0.406)
+    with pytest.raises(ConfigError, match="timm has no model 'resnet_50'"):
+        config.load(path, ["model.backbone.model=resnet_50"])

@@ -127,7 +127,7 @@ class Detector:
 
     def _detect(self, samples: Sequence[Sample], threshold: float) -> Iterator[Detections]:
         data = self.config.data
-        batch = make_batch(samples, data.mean, data.std, data.pad_multiple).to(self.device)
+        batch = make_batch(samples, *data.pixel_statistics, data.pad_multiple).to(self.device)
         with torch.inference_mode():
             detections = self.model.postprocess(self.model(batch.images), batch.original_sizes)
         for found in detections:

@@ -199,7 +199,7 @@ def export(path: Path, kind: Format, out: Path, overrides: Sequence[str] = ()) -
 
 def deploy(model: Detector, config: Config) -> Deployed:
     """The module that is exported."""
-    return Deployed(model, config.data.mean, config.data.std).eval()
+    return Deployed(model, *config.data.pixel_statistics).eval()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

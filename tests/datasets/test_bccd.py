@@ -30,6 +30,8 @@ def config():
         batch_size=8,
         num_workers=0,
         eval_batch_size=8,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
     )
 
 

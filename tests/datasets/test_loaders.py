@@ -15,6 +15,8 @@ from datasets.transforms import ColourJitter, RandomFlip, RandomSizeCrop, Resize
 
 AUGMENTATION = (RandomFlip(), ColourJitter(), RandomSizeCrop(min_size=16, max_size=32))
 
+STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
+
 
 @pytest.fixture
 def folder(make_folder):
@@ -25,7 +27,7 @@ def make_config(folder, **settings):
     return DataConfig(
         train=CocoConfig(**folder.paths(), transforms=AUGMENTATION),
         val=CocoConfig(**folder.paths(), transforms=(Resize(short_side=24),)),
-        **{"batch_size": 4, "num_workers": 0, "eval_batch_size": 3, **settings},
+        **{**STATISTICS, "batch_size": 4, "num_workers": 0, "eval_batch_size": 3, **settings},
     )
 
 

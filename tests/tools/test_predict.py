@@ -81,7 +81,7 @@ def test_the_same_as_in_evaluation(detector: Detector, tmp_path: Path) -> None:
     ).build(split="val", categories=detector.categories)
     sample = split[SampleKey(0, 0)].sample
     assert sample is not None
-    batch = make_batch([sample], data.mean, data.std)
+    batch = make_batch([sample], *data.pixel_statistics)
     with torch.inference_mode():
         expected = detector.model.postprocess(detector.model(batch.images), batch.original_sizes)[0]
     assert_same(detector([tmp_path / "a.png"])[0], expected)
