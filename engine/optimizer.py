@@ -22,6 +22,9 @@ class OptimizerConfig:
     lr_scales: dict[str, float] = field(default_factory=lambda: {"backbone": 0.1})
     """Factor on the learning rate by prefix of the parameter name, or, as in "*.sampling_offsets", by the name of a
     module wherever it is; the longest that matches wins."""
+    layer_decay: float | None = None
+    """Factor on the backbone's learning rate for each of its layers, counted down from the last (0.7 to 0.9 for vision
+    transformers, arXiv 2106.08254 and 2203.16527), beside lr_scales; null: none."""
     weight_decay: float = 1e-4
     """Decoupled weight decay."""
     no_decay: Literal["nothing", "norms_and_biases"] = "nothing"
@@ -40,6 +43,8 @@ class OptimizerConfig:
             raise ValueError(f"betas must lie in [0, 1), found {list(self.betas)}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm must be positive (null switches clipping off), found {self.clip_norm}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must lie in (0, 1], found {self.layer_decay}")
         for prefix, scale in self.lr_scales.items():
             if scale <= 0:
                 raise ValueError(f"lr_scales.{prefix} must be positive (freeze the part instead), found {scale}")
@@ -50,35 +55,35 @@ class OptimizerConfig:
         Each group has a ``name`` and its ``base_lr``, from which :func:`set_learning_rate` computes ``lr``.
 
         Raises:
-            ValueError: if a prefix of ``lr_scales`` names no parameter, or if nothing is trainable.
+            ValueError: if a prefix of ``lr_scales`` names no parameter, if nothing is trainable, or if there is a
+                ``layer_decay`` but no backbone that knows its layers.
         """
         names = [name for name, _ in model.named_parameters()]
         for prefix in self.lr_scales:
             if not any(_has_prefix(name, prefix) for name in names):
                 parts = sorted({name.partition(".")[0] for name in names})
                 raise ValueError(f"optimizer.lr_scales: no parameter is under '{prefix}', known: {', '.join(parts)}")
-        groups: dict[tuple[str, bool], dict[str, Any]] = {}
+        depths = {} if self.layer_decay is None else _layer_depths(model)
+        groups: dict[tuple[str, bool, int], dict[str, Any]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
             matching = [prefix for prefix in self.lr_scales if _has_prefix(name, prefix)]
             prefix = max(matching, key=len, default="")
             decayed = self.no_decay == "nothing" or parameter.ndim > 1
-            if (prefix, decayed) not in groups:
-                lr = self.lr * self.lr_scales.get(prefix, 1.0)
-                title = (prefix or "other") + ("" if decayed else ", no decay")
-                decay = self.weight_decay if decayed else 0.0
-                groups[prefix, decayed] = {
-                    "params": [],
-                    "lr": lr,
-                    "base_lr": lr,
-                    "name": title,
-                    "weight_decay": decay,
-                }
-            groups[prefix, decayed]["params"].append(parameter)
+            key = prefix, decayed, depths.get(name, 0)
+            if key not in groups:
+                groups[key] = self._group(*key)
+            groups[key]["params"].append(parameter)
         if not groups:
             raise ValueError("the model has no trainable parameter")
         return torch.optim.AdamW(list(groups.values()), lr=self.lr, betas=self.betas, fused=True)
+
+    def _group(self, prefix: str, decayed: bool, depth: int) -> dict[str, Any]:
+        lr = self.lr * self.lr_scales.get(prefix, 1.0) * (self.layer_decay or 1.0) ** depth
+        title = (prefix or "other") + (f", {depth} deep" if depth else "") + ("" if decayed else ", no decay")
+        decay = self.weight_decay if decayed else 0.0
+        return {"params": [], "lr": lr, "base_lr": lr, "name": title, "weight_decay": decay}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -193,6 +198,14 @@ class CosineSchedule(_Length):
 
 
 Schedule = StepSchedule | CosineSchedule
+
+
+def _layer_depths(model: nn.Module) -> dict[str, int]:
+    """By parameter name, how many layers of the backbone lie between it and the backbone's end, itself included."""
+    backbone: Any = getattr(model, "backbone", None)
+    if not hasattr(backbone, "layer_depths"):
+        raise ValueError("optimizer.layer_decay: the model has no backbone that knows its layers; set it to null")
+    return {f"backbone.{name}": depth for name, depth in backbone.layer_depths().items()}
 
 
 def _has_prefix(name: str, prefix: str) -> bool:

@@ -111,6 +111,7 @@ class Progress:
 
     def __init__(self, total_steps: int, steps_per_epoch: int, device: torch.device) -> None:
         self._total, self._per_epoch, self._device = total_steps, steps_per_epoch, device
+        self._memory = "at most" if device.type == "cuda" else "resident"
         self._sums: dict[str, torch.Tensor] = {}
         self._steps = self._measured = self._images = 0
         self._waited = self._seconds = 0.0
@@ -185,7 +186,7 @@ class Progress:
                 f"{record['seconds_per_step']:.3f} s/step",
                 f"{record['images_per_second']:.1f} img/s",
                 f"data {100 * record['data_wait']:.0f}%",
-                f"{record['memory_gib']:.2f} GiB",
+                f"{record['memory_gib']:.2f} GiB {self._memory}",
                 f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}",
             ]
         )
@@ -199,7 +200,8 @@ def _last_terms(terms: Mapping[str, float]) -> list[str]:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Largest memory allocated on a CUDA device so far; elsewhere the memory the process holds now."""
+    """Return the largest memory that tensors have taken on a CUDA device so far; elsewhere what the process has in
+    main memory now: libraries and what the allocator keeps for later included, so more than its tensors need."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     statm = Path("/proc/self/statm")
@@ -224,7 +226,11 @@ def banner(trainer: Trainer, images: tuple[int, int], op_backend: str) -> list[s
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rates = ", ".join(f"{group['name']} {group['base_lr']:.3g}" for group in step.optimizer.param_groups)
+    groups = step.optimizer.param_groups
+    rates = ", ".join(f"{group['name']} {group['base_lr']:.3g}" for group in groups[:8])
+    if len(groups) > 8:  # layer-wise decay makes dozens
+        low, high = (pick(group["base_lr"] for group in groups) for pick in (min, max))
+        rates = f"{len(groups)} groups, {low:.3g} to {high:.3g}"
     local = trainer.batch_size // (world * config.accumulation_steps)
     length, per_epoch, warmup = trainer.total_steps, trainer.steps_per_epoch, trainer.schedule.warmup_steps
     return [

@@ -46,6 +46,27 @@ def test_groups_by_prefix_and_shape() -> None:
     }
 
 
+class Layered(nn.Sequential):
+    """A backbone of three layers and a part that belongs to none."""
+
+    def layer_depths(self) -> dict[str, int]:
+        return {name: 3 - int(name[0]) for name, _ in self.named_parameters()}
+
+
+def test_the_learning_rate_decays_layer_by_layer() -> None:
+    net = nn.ModuleDict({"backbone": Layered(*(nn.Linear(2, 2) for _ in range(4))), "head": nn.Linear(2, 2)})
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    config = OptimizerConfig(lr=1.0, lr_scales={"backbone": 0.5}, layer_decay=0.8)
+    found = {
+        names[id(parameter)]: group["lr"] for group in config.build(net).param_groups for parameter in group["params"]
+    }
+    for layer, depth in enumerate((3, 2, 1, 0)):
+        assert found[f"backbone.{layer}.weight"] == found[f"backbone.{layer}.bias"] == pytest.approx(0.5 * 0.8**depth)
+    assert found["head.weight"] == 1.0
+    with pytest.raises(ValueError, match=r"optimizer\.layer_decay: the model has no backbone that knows its layers"):
+        config.build(model())
+
+
 def test_frozen_parameters_are_left_out_and_typing_errors_found() -> None:
     net = model()
     net["backbone"].requires_grad_(False)  # type: ignore[index]  # a ModuleDict
@@ -59,7 +80,14 @@ def test_frozen_parameters_are_left_out_and_typing_errors_found() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"lr": 0.0}, {"weight_decay": -1.0}, {"betas": (0.9, 1.0)}, {"clip_norm": 0.0}, {"lr_scales": {"head": 0.0}}],
+    [
+        {"lr": 0.0},
+        {"weight_decay": -1.0},
+        {"betas": (0.9, 1.0)},
+        {"clip_norm": 0.0},
+        {"lr_scales": {"head": 0.0}},
+        {"layer_decay": 0.0},
+    ],
 )
 def test_wrong_values_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
