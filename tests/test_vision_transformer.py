@@ -1,0 +1,112 @@
+"""A detector on a plain vision transformer, from its weight file to the exported program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+import main
+from datasets.shapes import ShapesConfig, generate
+from engine import checkpoint
+from tools import export
+from tools.detector import Detector
+
+MODEL = "vit_small_patch14_dinov2"
+CLIP = "vit_base_patch16_clip_224.openai"
+"""Its pixel statistics are its own."""
+
+
+def write_run(directory: Path, weights: Path, **backbone: object) -> Path:
+    data = directory / "data"
+    generate(data, ShapesConfig(train_images=4, val_images=2, image_size=64, max_object_size=40, seed=3), 1)
+    values = {
+        "model": {
+            "backbone": {"model": MODEL, "pretrained": str(weights), "strides": [7, 14, 28], **backbone},
+            "embed_dim": 32,
+            "num_heads": 4,
+            "num_levels": 3,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "ffn_dim": 32,
+            "num_queries": 10,
+            "denoising": {"queries": 6},
+            "gradient_checkpointing": True,
+        },
+        "data": {
+            **{
+                split: {
+                    "images": f"{data}/images/{split}",
+                    "annotations": f"{data}/annotations/instances_{split}.json",
+                }
+                for split in ("train", "val")
+            },
+            "batch_size": 2,
+            "num_workers": 0,
+        },
+        "optimizer": {"lr": 1e-3, "layer_decay": 0.7},
+        "schedule": {"name": "cosine", "steps": 3},
+        "trainer": {"device": "cpu", "eval_every_epochs": None, "log_every": 1},
+        "output_dir": str(directory / "run"),
+    }
+    path = directory / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [12, 0])
+def test_dinov2_trains_predicts_and_exports(frozen: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    source = timm.create_model(MODEL).state_dict()
+    torch.save(source, tmp_path / "weights.pth")
+    main.run(["--cfg", str(write_run(tmp_path, tmp_path / "weights.pth", frozen_stages=frozen))])
+    lines = capsys.readouterr().out
+    assert ("learning rates: 30 groups" in lines) == (not frozen)
+    last = tmp_path / "run" / checkpoint.LAST
+    trained = checkpoint.load(last).state["weights"]
+    moved = {
+        name: not torch.equal(trained[f"backbone.body.model.{name}"], value)
+        for name, value in source.items()
+        if f"backbone.body.model.{name}" in trained and trained[f"backbone.body.model.{name}"].shape == value.shape
+    }
+    assert len(moved) > 150
+    assert any(moved.values()) == (not frozen)
+    assert moved["blocks.0.attn.qkv.weight"] == moved["patch_embed.proj.weight"] == (not frozen)
+    detector = Detector(last)
+    own = timm.get_pretrained_cfg(MODEL)
+    assert detector.config.data.pixel_statistics == (own.mean, own.std)
+    assert len(detector([torch.rand(3, 97, 161)])[0].scores)
+    assert export.export(last, "torch_export", tmp_path / "detector.pt2") < export.TOLERANCE
+
+
+def test_wrong_weights_are_refused_before_any_data_is_read(tmp_path: Path) -> None:
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
+    path = write_run(tmp_path, tmp_path / "weights.pth")
+    for lost in (tmp_path / "data" / "annotations").iterdir():
+        lost.unlink()
+    with pytest.raises(ValueError, match=rf"weights\.pth: does not fit backbone {MODEL}: \d+ of \d+ entries absent"):
+        main.run(["--cfg", str(path)])
+    with pytest.raises(ValueError, match=r"offers \[7, 14, 28\], not \[8\]"):
+        main.run(["--cfg", str(path), "model.backbone.strides=[8]"])
+
+
+def test_predictions_see_what_training_saw(tmp_path: Path) -> None:
+    """The statistics of training, evaluation, prediction and export are the same values."""
+    path = write_run(tmp_path, tmp_path / "none.pth")
+    scratch = (
+        "{model: vit_base_patch16_clip_224.openai, pretrained: false, norm: batch, frozen_stages: 0, strides: [16]}"
+    )
+    cfg = main.read_inputs(main.parse_arguments(["--cfg", str(path), f"model.backbone={scratch}"]))[0]
+    mean, std = timm.get_pretrained_cfg(CLIP).mean, timm.get_pretrained_cfg(CLIP).std
+    assert cfg.data.pixel_statistics == (mean, std) != ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    train_set, _ = cfg.data.build_datasets()
+    batch = next(iter(cfg.data.build_train_loader(train_set, seed=0).iterate(0, 0)))[0]
+    low, high = (-torch.tensor(mean) / torch.tensor(std), (1 - torch.tensor(mean)) / torch.tensor(std))
+    assert (batch.images.pixels.amin(dim=(0, 2, 3)) >= low - 1e-5).all()
+    assert (batch.images.pixels.amax(dim=(0, 2, 3)) <= high + 1e-5).all()
+    deployed = export.deploy(torch.nn.Identity(), cfg)
+    torch.testing.assert_close(deployed.mean.flatten() / 255, torch.tensor(mean))
