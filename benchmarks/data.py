@@ -100,8 +100,8 @@ def measure_loading(images: int, repeats: int) -> dict[str, float]:
             transforms=(RandomFlip(), DETRMultiScale()),
         )
         val = CocoConfig(images=split.images, annotations=split.annotations)
-        plain = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-        config = DataConfig(train=split, val=val, batch_size=BATCH, num_workers=0, **plain)
+        half = (0.5, 0.5, 0.5)
+        config = DataConfig(train=split, val=val, batch_size=BATCH, num_workers=0, mean=half, std=half)
         loader = config.build_train_loader(split.build(split="train"), seed=0)
         epoch = iter(range(1_000_000))
         runs: dict[str, Callable[[], object]] = {
