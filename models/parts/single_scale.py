@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.detector import Detector, DetectorConfig
 from models.parts.attention import MemoryAttention
@@ -45,13 +45,17 @@ class SingleScaleDetector(Detector):
 
     def encode(self, images: Images) -> Memory:
         """Backbone, projection and encoder."""
-        (features,) = self.backbone(images.pixels)
-        features = self.input_projection(features)
+        features = self.input_projection(self.backbone(images.pixels)[0])
         shape, padded = (features.shape[-2], features.shape[-1]), (images.pixels.shape[-2], images.pixels.shape[-1])
-        valid = level_valid_sizes(images.sizes, padded, (shape,))
-        positions = self.config.position_encoding(shape, valid[:, 0], self.config.embed_dim).to(features.dtype)
-        centres = pixel_centres((shape,), valid)
-        return self.encoder(Memory(features.flatten(2).transpose(1, 2), positions, centres, (shape,), valid))
+        return self.encode_levels([features], level_valid_sizes(images.sizes, padded, (shape,)))
+
+    def encode_levels(self, levels: list[Tensor], valid_sizes: Tensor) -> Memory:
+        """The encoder alone: from a map [B, embed_dim, h, w] on, nothing depends on what lies in the padding."""
+        (features,) = levels
+        shape = (features.shape[-2], features.shape[-1])
+        positions = self.config.position_encoding(shape, valid_sizes[:, 0], self.config.embed_dim).to(features.dtype)
+        centres = pixel_centres((shape,), valid_sizes)
+        return self.encoder(Memory(features.flatten(2).transpose(1, 2), positions, centres, (shape,), valid_sizes))
 
     def make_encoder(self, layers: list[EncoderLayer]) -> Encoder:
         """The stack of these layers."""
