@@ -50,7 +50,7 @@ class ConditionalDETR(SingleScaleDetector):
     def forward(self, images: Images, targets: Targets | None = None) -> DetectorOutputs:
         """Predict all layers."""
         memory = self.encode(images)
-        position = self.query_position.weight.expand(len(images.pixels), -1, -1)
+        position = self.query_position.weight.expand(images.pixels.shape[0], -1, -1)
         points = self.point_head(position).float().sigmoid()
         sine = encode_boxes(points, self.config.embed_dim // 2).to(position.dtype)
         content, features = torch.zeros_like(position), []

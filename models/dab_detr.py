@@ -57,7 +57,7 @@ class DABDETR(SingleScaleDetector):
     def forward(self, images: Images, targets: Targets | None = None) -> DetectorOutputs:
         """Predict all layers."""
         memory = self.encode(images)
-        boxes = self.query_boxes.weight.sigmoid().expand(len(images.pixels), -1, -1)
+        boxes = self.query_boxes.weight.sigmoid().expand(images.pixels.shape[0], -1, -1)
         content = boxes.new_zeros(*boxes.shape[:2], self.config.embed_dim)
         prediction = self.decoder(content, boxes, memory, [self.heads] * self.config.decoder_layers)
         return DetectorOutputs({"decoder": QueryGroup(prediction)})

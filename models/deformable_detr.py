@@ -91,8 +91,8 @@ class DeformableDETR(MultiScaleDetector):
         """Predict all layers."""
         memory = self.encode(images)
         if not self.config.two_stage:
-            position = self.query_position.weight.expand(len(images.pixels), -1, -1)
-            content = self.query_content.weight.expand(len(images.pixels), -1, -1)
+            position = self.query_position.weight.expand(images.pixels.shape[0], -1, -1)
+            content = self.query_content.weight.expand(images.pixels.shape[0], -1, -1)
             points = self.point_head(position).float().sigmoid()
             return DetectorOutputs({"decoder": QueryGroup(self.decode(content, position, points, memory))})
         proposals, boxes = self.query_selection.supervise_all(memory, self.config.num_queries)

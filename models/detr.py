@@ -52,7 +52,7 @@ class DETR(SingleScaleDetector):
     def forward(self, images: Images, targets: Targets | None = None) -> DetectorOutputs:
         """Predict all layers."""
         memory = self.encode(images)
-        position = self.query_position.weight.expand(len(images.pixels), -1, -1)
+        position = self.query_position.weight.expand(images.pixels.shape[0], -1, -1)
         content, features = torch.zeros_like(position), []
         for index in range(self.config.decoder_layers):
             content = self.decoder.run(index, content, position, None, memory)

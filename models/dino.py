@@ -64,7 +64,7 @@ class DINO(MultiScaleDetector):
         proposals = self.query_selection(memory, self.config.num_queries)
         groups = {"encoder": QueryGroup(proposals)}
         boxes = proposals.boxes[0].detach()
-        content = self.query_content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
+        content = self.query_content.weight[: boxes.shape[1]].expand(boxes.shape[0], -1, -1)
         noised, mask = None, None
         if self.training and self.denoising is not None and targets is not None:
             noised = self.denoising(targets, self.config.decoder_layers)

@@ -69,7 +69,7 @@ class DNDETR(DABDETR):
     def forward(self, images: Images, targets: Targets | None = None) -> DetectorOutputs:
         """Predict all layers; in training, the noised targets too."""
         memory = self.encode(images)
-        boxes = self.query_boxes.weight.sigmoid().expand(len(images.pixels), -1, -1)
+        boxes = self.query_boxes.weight.sigmoid().expand(images.pixels.shape[0], -1, -1)
         content = self.denoising.unknown().expand(*boxes.shape[:2], -1)
         heads = [self.heads] * self.config.decoder_layers
         if not self.training or targets is None:

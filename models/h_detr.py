@@ -65,7 +65,7 @@ class HDETR(DeformableDETR):
         memory = self.encode(images)
         proposals, boxes = self.query_selection.supervise_all(memory, count)
         position, _ = self.query_from_box(boxes).to(memory.features.dtype).chunk(2, dim=-1)
-        content = self.query_content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
+        content = self.query_content.weight[: boxes.shape[1]].expand(boxes.shape[0], -1, -1)
         mask = apart(boxes.shape[1], first, boxes.device) if self.training else None
         prediction = self.decode(content, position, boxes, memory, mask)
         groups = {"encoder": proposals, "decoder": QueryGroup(prediction.queries(slice(first)))}
