@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart test lint check clean
+.PHONY: help install quickstart test test-fast lint check clean
 
 help:
 	@echo "make quickstart   make data, train a tiny Align-DETR DINO on it, evaluate, draw (about 7 minutes on two cores)"
 	@echo "make test         the whole test suite"
+	@echo "make test-fast    the parts of a detector and its losses: no processes, no training runs"
 	@echo "make lint         formatting, lint and types"
 	@echo "make check        lint and test, as continuous integration runs them"
 
@@ -32,6 +33,11 @@ quickstart: $(BIN)/.installed data/shapes/shapes.json
 # Two worker processes with one thread each use two cores better than one process with two threads.
 test: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# What somebody who changes a loss, a matcher or a detector wants to know every few minutes.
+test-fast: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" tests/losses tests/matchers tests/models \
+		tests/test_layout.py tests/test_structures.py
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .
