@@ -51,6 +51,7 @@ class DINO(MultiScaleDetector):
         dim = config.embed_dim
         self.query_selection = self.make_query_selection(num_classes)
         self.query_content = nn.Embedding(config.num_queries, dim)
+        nn.init.xavier_uniform_(self.query_content.weight)
         layers = [self.decoder_layer() for _ in range(config.decoder_layers)]
         self.decoder = BoxDecoder(layers, dim, config.look_forward_twice, config.published)
         self.decoder.gradient_checkpointing = config.gradient_checkpointing
