@@ -224,7 +224,7 @@ class CocoConfig:
             if category not in own:
                 report.add("class that this file's categories lack, not measured on it", category.name)
         root = Path(self.images)
-        absent = absent_files(root, map(packed.file_name, range(len(packed.image_ids))))
+        absent = absent_files(root, packed.file_names())
         consequence = "skipped" if training else "its objects count as missed"
         report.add_all(
             f"image listed but absent, {consequence}",

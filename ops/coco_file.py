@@ -36,6 +36,7 @@ PROGRESS_SECONDS = 5.0
 _KEY = re.compile(rb'"(images|annotations)"[ \t\r\n]*:[ \t\r\n]*\[')
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{}]', re.DOTALL)
 _COMMA = re.compile(rb"[ \t\r\n]*,")
+_BRACKET = re.compile(rb"[ \t\r\n]*\]")
 _LAST_ENTRY = re.compile(rb"\}[ \t\r\n]*\]")
 _NEXT_ENTRY = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*\{")
 _TAKEN = "taken apart: "
@@ -187,7 +188,8 @@ def _take(window: _Window, decoder: msgspec.json.Decoder[list[Any]]) -> Iterator
         yield entries
         window.drop(cut)
         if closed:
-            window.drop(window.bytes.index(b"]"))
+            if not _BRACKET.match(window.bytes):
+                raise _MalformedError
             return
         comma = _COMMA.match(window.bytes)
         assert comma is not None

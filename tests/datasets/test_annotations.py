@@ -136,7 +136,15 @@ def test_images_without_annotations_are_kept():
 
 
 def test_unusable_image_entries_are_dropped_and_counted():
-    images = [image(1), {"file_name": "a"}, {"id": 2}, "text", image(1), image(3, height=None), image(4, width=-5)]
+    images = [
+        image(1),
+        {"file_name": "a"},
+        {"id": 2, "file_name": "\ud800"},
+        "text",
+        image(1),
+        image(3, height=None),
+        image(4, width=-5),
+    ]
     packed, report = pack([], images)
     assert packed.image_ids.tolist() == [1, 3, 4]
     assert packed.sizes.tolist() == [[100, 200], [0, 0], [0, 0]]
@@ -217,6 +225,7 @@ def test_selection_and_pickling_keep_every_field():
     assert chosen.image_ids.tolist() == [1, 3, 4]
     for new, old in enumerate((1, 3, 4)):
         assert chosen.file_name(new) == packed.file_name(old) == f"ordner/bild-{'ä' * old}.jpg"
+        assert chosen.file_names()[new] == chosen.file_name(new)
         assert all(torch.equal(a, b) for a, b in zip(chosen.targets(new), packed.targets(old), strict=True))
     assert len(packed.select(torch.empty(0, dtype=torch.int64)).image_ids) == 0
 

@@ -108,3 +108,14 @@ def test_columns_do_not_depend_on_what_stands_beside_an_entry(entries: list[dict
         (one,) = [annotation_columns([entry])]
         for column, single in zip(together[:-1], one[:-1], strict=True):
             np.testing.assert_array_equal(column[index], single[0])
+
+
+@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize(
+    "change", [(b"}, {", b"} }, {"), (b"]}, {", b"]}]}, {"), (b'"annotations": [', b'"annotations":[ [')]
+)
+def test_brackets_of_the_wrong_kind_are_not_skipped(path: Path, change: tuple[bytes, bytes], piece: int) -> None:
+    path.write_bytes(ORIGINALS[0].replace(*change, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coco_file, "PIECE", piece)
+        assert "is not a JSON file" in outcome(read_annotation_file, path)
