@@ -87,7 +87,11 @@ def test_voc_looks_up_images_of_stale_names(tmp_path: Path) -> None:
         (VOC.replace("{name}", "a.xml"), (), "its <filename> is 'a.xml', which is no picture's"),
         (VOC.replace("<difficult>1", "<difficult>maybe"), (), "<difficult> is 'maybe', neither 0 nor 1"),
         (VOC.replace("<xmax>8", "<xmax>nan"), (), "bndbox/xmax is 'nan', not a number"),
-        ("<?xml version='1.0' encoding='martian'?>" + VOC, (), "not in the encoding that it states, martian"),
+        (
+            "<?xml version='1.0' encoding='martian'?>" + VOC,
+            (),
+            "a.xml: not valid XML in UTF-8 or the encoding that it states (unknown encoding: martian)",
+        ),
         (VOC, ("--out", "a.xml"), "must be a file of its own that ends in .json"),
         (VOC, ("--split", "split.txt"), "b.xml: no such file, though"),
         (VOC, ("--classes", "names.txt"), "objects of class 'ant', but the classes are cat"),

@@ -88,16 +88,15 @@ def _chosen(present: dict[str, Path], split: Path, directory: Path) -> list[Path
 
 def _parse(file: Path) -> ElementTree.Element:
     """The root, whatever encoding the file states: expat itself knows but a few."""
+    data = file.read_bytes()
+    stated = _ENCODING.match(data)
     try:
-        data = file.read_bytes()
-        if (stated := _ENCODING.match(data)) and stated[1].lower() not in (b"utf-8", b"utf-16"):
-            try:
-                return ElementTree.fromstring(data[stated.end() :].decode(stated[1].decode()))
-            except (LookupError, UnicodeDecodeError) as error:
-                raise ValueError(f"{file}: is not in the encoding that it states, {stated[1].decode()}") from error
+        if stated and stated[1].lower() not in (b"utf-8", b"utf-16"):
+            return ElementTree.fromstring(data[stated.end() :].decode(stated[1].decode()))
         return ElementTree.fromstring(data)
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{file}: not valid XML in UTF-8 or the encoding that it states ({error})") from error
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{file}: not valid XML in UTF-8 or the encoding that it states ({reason})") from error
 
 
 def _boxes(file: Path, root: ElementTree.Element, first_pixel: int, difficult: Difficult) -> Iterator[LabelledBox]:
