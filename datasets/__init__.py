@@ -49,6 +49,8 @@ class DataConfig:
     """How worker processes are started."""
     prefetch: int = 2
     """Micro-batches that each worker prepares ahead."""
+    timeout: float = 600.0
+    """Seconds after which a batch that does not come ends the run, naming the files that were being read."""
     pad_multiple: int = 1
     """Height and width of a batch are rounded up to a multiple of this."""
     mean: tuple[float, float, float] | None = None
@@ -61,6 +63,8 @@ class DataConfig:
             raise ValueError("data: batch_size, eval_batch_size, prefetch and pad_multiple must be at least 1")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers must not be negative, got {self.num_workers}")
+        if self.timeout <= 0:
+            raise ValueError(f"data.timeout must be positive, got {self.timeout:g}")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std must be positive, got {list(self.std)}")
         final_size(self.val.transforms, (1, 1))
@@ -124,4 +128,5 @@ class DataConfig:
             worker_start=self.worker_start,
             prefetch=self.prefetch,
             persistent=training,
+            timeout=self.timeout,
         )

@@ -1,15 +1,14 @@
-"""Loading batches in worker processes, and carrying on when one of them dies."""
+"""Loading batches in worker processes: carrying on when one of them dies, giving up when nothing comes any more."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import signal
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import resource_tracker
-from types import FrameType
 from typing import Literal
 
 import torch
@@ -18,14 +17,29 @@ from torch.utils.data import DataLoader, Sampler
 from datasets.coco import CocoDataset, SampleKey
 from datasets.collate import Collate, Loaded
 from datasets.samplers import EvalBatchSampler, TrainBatchSampler
+from datasets.workers import (
+    LostBatch,
+    Overdue,
+    alarm,
+    is_death_of_worker,
+    kill_workers,
+    signals_held_back,
+    start_worker,
+)
 from structures import Batch
 
 WorkerStart = Literal["fork", "spawn", "forkserver"]
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
-
 MAX_RESTARTS = 3
 """So often in a row, without a batch in between, workers may die before loading gives up."""
+
+FILES_NAMED = 8
+"""The most files that the error of a batch that does not come lists."""
+
+_REMEDY = (
+    "give it more shared memory (docker run --shm-size=8g) or file handles (ulimit -n 4096), or take a smaller "
+    "data.num_workers and data.prefetch (with 0 workers, the training process itself loads)"
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -53,9 +67,19 @@ class _Rest(Sampler[list[SampleKey]]):
     def __init__(self, sampler: Sampler[list[SampleKey]]) -> None:
         self.sampler = sampler
         self.done = 0
+        self.pending: deque[list[SampleKey]] = deque()
+        """Batches that were asked for and have not come yet; they come in this order."""
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        return islice(iter(self.sampler), self.done, None)
+        self.pending.clear()
+        for keys in islice(iter(self.sampler), self.done, None):
+            self.pending.append(keys)
+            yield keys
+
+    def count(self) -> None:
+        """One more has come."""
+        self.done += 1
+        self.pending.popleft()
 
 
 class WorkerPool:
@@ -71,10 +95,11 @@ class WorkerPool:
         worker_start: WorkerStart,
         prefetch: int,
         persistent: bool,
+        timeout: float,
     ) -> None:
         self.dataset, self.sampler, self.collate = dataset, _Rest(sampler), collate
         self.num_workers, self.worker_start, self.prefetch = num_workers, worker_start, prefetch
-        self.persistent = persistent
+        self.persistent, self.timeout = persistent, timeout
         self.restarts = 0
         """How often workers died and were replaced."""
         self._loader: DataLoader[Loaded] | None = None
@@ -83,19 +108,22 @@ class WorkerPool:
         """Goes through what the sampler yields from its present position.
 
         Raises:
-            ValueError: workers died again and again.
+            ValueError: workers died again and again, cannot pass on what they loaded, or no batch came for ``timeout``
+                seconds.
         """
         self.sampler.done = 0
         failures, cause = 0, ""
         while failures <= MAX_RESTARTS:
             try:
-                for loaded in self._start():
-                    self.sampler.done += 1
+                for loaded in self._batches():
+                    self.sampler.count()
                     failures = 0
                     yield loaded
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                if not self.num_workers or not _is_death_of_worker(error):
+                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise ValueError(f"cannot load data in workers ({error.strerror}): {_REMEDY}") from error
+                if not self.num_workers or not is_death_of_worker(error):
                     raise
                 cause = str(error).splitlines()[0] if str(error) else "a data-loading worker closed its connection"
             # Outside the except block, where nothing holds on to the broken loader any more.
@@ -104,9 +132,30 @@ class WorkerPool:
             self.restarts += 1
             _logger.warning("%s; starting the data-loading workers again", cause)
         raise ValueError(
-            f"data-loading workers died {failures} times in a row ({cause}): they may be out of memory or of "
-            "shared memory; try a smaller data.num_workers, or 0 to see the error itself"
+            f"data-loading workers died {failures} times in a row ({cause}); if the machine was short of something, "
+            f"{_REMEDY}"
         )
+
+    def _batches(self) -> Iterator[Loaded]:
+        iterator = self._start()
+        while True:
+            try:
+                with alarm(self.timeout):
+                    loaded: Loaded | LostBatch | None = next(iterator, None)
+            except Overdue:
+                kill_workers()
+                files = [str(self.dataset.image_path(key.image_index)) for key in (*self.sampler.pending, [])[0]]
+                more = f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else ""
+                raise ValueError(
+                    f"no batch came for data.timeout={self.timeout:g} seconds while one of these files was being read: "
+                    f"{', '.join(files[:FILES_NAMED])}{more}; is the disk or share they are on still there?"
+                ) from None
+            if loaded is None:
+                return
+            if isinstance(loaded, LostBatch):
+                kill_workers()
+                raise ValueError(f"a data-loading worker cannot pass on a batch ({loaded.reason}): {_REMEDY}")
+            yield loaded
 
     def _start(self) -> Iterator[Loaded]:
         if self._loader is None or not self.persistent:
@@ -114,7 +163,7 @@ class WorkerPool:
         if not self.num_workers:
             return iter(self._loader)
         previous = signal.getsignal(signal.SIGCHLD)
-        with _signals_held_back():
+        with signals_held_back():
             iterator = iter(self._loader)
         if signal.getsignal(signal.SIGCHLD) is not previous:
             # torch's handler raises wherever the main thread happens to be when a worker dies, be it in the optimizer.
@@ -132,47 +181,11 @@ class WorkerPool:
             multiprocessing_context=multiprocessing.get_context(self.worker_start) if workers else None,
             prefetch_factor=self.prefetch if workers else None,
             persistent_workers=workers and self.persistent,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
             # Without its own generator a loader draws from the global one of the main process.
             generator=torch.Generator().manual_seed(0),
         )
-
-
-def _is_death_of_worker(error: Exception) -> bool:
-    """Whether the main process failed to get a batch because the process that had it is gone.
-
-    torch says so, unless it comes across a half-dead process: then fetching a tensor from its shared memory fails.
-    """
-    text = str(error)
-    if isinstance(error, RuntimeError):
-        return text.startswith("DataLoader worker (pid") or "ancillary data" in text
-    raised_by_worker = "in DataLoader worker process" in text
-    return isinstance(error, EOFError | ConnectionError | FileNotFoundError) and not raised_by_worker
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Workers started in here get no signal to stop until ``_start_worker`` is ready for it; nor does this process."""
-    resource_tracker.ensure_running()  # started by the first spawned worker otherwise, which would end the holding back
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(worker: int) -> None:
-    """Runs in each worker. Signals reach the whole process group, but when to stop is for the main process to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _overhear)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    torch.set_num_threads(1)
-
-
-def _overhear(number: int, frame: FrameType | None) -> None:
-    """Lets the first signal pass: the second is the main process getting rid of a worker that does not end."""
-    signal.signal(number, signal.SIG_DFL)
 
 
 class TrainLoader:

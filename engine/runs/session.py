@@ -1,7 +1,8 @@
 """Start and end of a run: which checkpoint it goes on from, whose directory it writes, what its exit code says.
 
 Exit codes: 0 done; 1 unexpected error, or contact with another process lost; 2 something a user can mend, in one
-line; 3 stopped because a loss or gradient was not finite; 130 or 143 stopped by SIGINT or SIGTERM, in good order.
+line; 3 stopped because a loss or gradient was not finite; 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM, in good
+order (130 also at once, by a second Ctrl-C).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -116,10 +118,13 @@ def leave(code: int) -> NoReturn:
     Processes that were connected leave without finalising interpreter and libraries: gloo's threads can hang or abort
     them there, and a complete run would count as a failed one. Everything is on disk by then, and workers are gone.
     """
-    if distributed.has_connected():
-        logging.shutdown()
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
+    except OSError:  # the terminal is gone, or who read the pipe: finalising would complain, with another exit code
+        os._exit(code)
+    if distributed.has_connected():
+        logging.shutdown()
         os._exit(code)
     sys.exit(code)
 
@@ -128,7 +133,8 @@ def _complain(message: str, code: int, *, same_everywhere: bool = False) -> int:
     """Print one line, and keep it in log.txt; what all processes know is said by the first only."""
     if distributed.is_main() or (not same_everywhere and distributed.speaks_for_errors()):
         where = "" if distributed.is_main() else f" (rank {distributed.rank()})"
-        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"error{where}: {message}", file=sys.stderr, flush=True)
     record = log.makeRecord(log.name, logging.ERROR, __file__, 0, f"error: {message}", (), None)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):

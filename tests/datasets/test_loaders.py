@@ -1,6 +1,7 @@
 import logging
 import os
 import random
+import resource
 import signal
 import time
 
@@ -288,3 +289,49 @@ def test_a_bug_in_a_worker_is_not_taken_for_a_death(folder):
     dataset.__class__ = Faulty
     with pytest.raises(RuntimeError, match="a bug"):
         list(config.build_train_loader(dataset, seed=5).iterate(0))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_read_that_never_returns_ends_with_the_files_in_question(folder, num_workers, split):
+    """A pipe that nobody writes to stands for a share that is gone."""
+    for path in folder.images.iterdir():
+        path.unlink()
+        os.mkfifo(path)
+    settings = {"num_workers": num_workers, "timeout": 0.5, "batch_size": 12}
+    loader = (train_loader if split == "train" else val_loader)(folder, settings=settings)
+    with pytest.raises(ValueError, match=r"data\.timeout=0\.5 seconds .*/\d{3}\.png") as error:
+        next(loader.iterate(0) if split == "train" else iter(loader))
+    assert str(error.value).count(".png") == (8 if split == "train" else 3)
+    assert ("and 4 more" in str(error.value)) == (split == "train")
+    assert "\n" not in str(error.value)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+class Short(CocoDataset):
+    """Lets its process write no more than a few bytes, as a full /dev/shm would."""
+
+    def load(self, index):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        return super().load(index)
+
+
+def test_a_batch_that_cannot_be_passed_on_ends_with_the_reason(folder, capfd):
+    config = make_config(folder, num_workers=2)
+    dataset = config.train.build(split="train")
+    dataset.__class__ = Short
+    with pytest.raises(ValueError, match=r"cannot pass on a batch \(.*File too large.*shm-size.*num_workers") as error:
+        list(config.build_train_loader(dataset, seed=5).iterate(0))
+    assert "\n" not in str(error.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_few_file_handles_end_with_the_reason(folder):
+    loader = train_loader(folder, settings={"num_workers": 2})
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 1, before[1]))
+        with pytest.raises(ValueError, match=r"Too many open files.*ulimit -n"):
+            list(loader.iterate(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

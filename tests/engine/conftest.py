@@ -33,12 +33,15 @@ def with_curves() -> None:
 
 @pytest.fixture(autouse=True)
 def _restore_process_state() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+    }
     root = logging.getLogger()
     log_handlers, level = root.handlers[:], root.level
     deterministic = torch.get_deterministic_debug_mode()
     random_states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     root.handlers[:], root.level = log_handlers, level

@@ -19,6 +19,7 @@ from tiny_training import Options, train
 from training_processes import Ended, Started, run_processes, start_processes
 
 from engine import checkpoint
+from engine.runs.signals import SAME_REQUEST_SECONDS, StopRequest
 
 KILLS = int(os.environ.get("ALIGN_DETR_KILLS", "4"))
 """How often the kill tests kill."""
@@ -51,7 +52,7 @@ def check_stopped(ended: list[Ended], directory: Path, signal_number: int) -> No
     assert not any("Traceback" in e.errors for e in ended)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("times", [1, 2])
 def test_signal_stops_after_the_step(tmp_path: Path, signal_number: signal.Signals, times: int) -> None:
     directory = tmp_path / "run"
@@ -88,6 +89,46 @@ def test_signal_during_evaluation(tmp_path: Path) -> None:
     evaluations = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in evaluations if r["kind"] == "eval"] == [3, 6]
     assert trainer.step == 6
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_signal_ends_a_wait_for_data_that_never_come(tmp_path: Path, processes: int) -> None:
+    directory = tmp_path / "run"
+    options = Options(directory=str(directory), steps=100_000, checkpoint_every=100_000, hang_at=3)
+    started = start_processes([options], processes=processes)
+    wait_for_step(directory, 3, started)
+    time.sleep(0.2)
+    for one in started:
+        os.kill(one.process.pid or 0, signal.SIGHUP)
+    check_stopped([s.wait(30) for s in started], directory, signal.SIGHUP)
+
+
+def test_a_second_interrupt_ends_what_listens_to_nothing(tmp_path: Path) -> None:
+    """At once; what was saved is kept."""
+    directory = tmp_path / "run"
+    options = Options(directory=str(directory), steps=6, eval_every_steps=3, eval_seconds=200.0, eval_is_deaf=True)
+    started = start_processes([options])
+    wait_for_step(directory, 3, started)
+    os.kill(started[0].process.pid or 0, signal.SIGINT)
+    while "SIGINT: stopping after this step; Ctrl-C ends at once" not in started[0].output.read_text():
+        assert started[0].process.is_alive()
+        time.sleep(0.02)
+    time.sleep(SAME_REQUEST_SECONDS)
+    assert started[0].process.is_alive()
+    os.kill(started[0].process.pid or 0, signal.SIGINT)
+    ended = started[0].wait(30)
+    assert ended.code == 130
+    assert re.fullmatch(r"error: ended at once by a second Ctrl-C: .* --resume auto\n", ended.errors)
+    assert last(directory)["position"]["step"] == 3
+
+
+def test_what_is_to_outlive_its_terminal_does() -> None:
+    """As nohup starts it."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.wait_for(iter([1])) == 1
+    assert not stop.signal_number
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:

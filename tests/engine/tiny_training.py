@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -157,17 +158,23 @@ class Options:
     file_limit: int | None = None
     collective_timeout: float = 60.0
     eval_seconds: float = 0.0
+    eval_is_deaf: bool = False
+    """Whether evaluation goes on whatever it is told."""
+    hang_at: int | None = None
+    """Step whose data never come."""
     ballast_mib: int = 0
     """Makes checkpoints large, so that writing them takes a while."""
     gradients: str | None = None
     """Instead of training: write the gradients of the first step to this file."""
 
 
-def evaluate(model: nn.Module, should_stop: Callable[[], bool], seconds: float = 0.0) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module, should_stop: Callable[[], bool], seconds: float = 0.0, deaf: bool = False
+) -> dict[str, Any]:
     """A number that depends on the weights; uses up random numbers on purpose."""
     torch.rand(3)
     until = time.monotonic() + seconds
-    while time.monotonic() < until and not should_stop():
+    while time.monotonic() < until and (deaf or not should_stop()):
         time.sleep(0.01)
     with torch.no_grad():
         outputs = model(make_batch(list(range(1000, 1016))).images)
@@ -211,7 +218,7 @@ def build(options: Options) -> Trainer:
         step=step,
         schedule=schedule,
         loader=loader,
-        evaluate=lambda model, should_stop: evaluate(model, should_stop, options.eval_seconds),
+        evaluate=lambda model, should_stop: evaluate(model, should_stop, options.eval_seconds, options.eval_is_deaf),
         directory=Path(options.directory),
         batch_size=options.batch_size,
         seed=options.seed,
@@ -229,6 +236,8 @@ def _inject(options: Options, step: int, batch: Batch) -> Batch:
     first_life = distributed.restart_count() == 0
     if step == options.die_at and distributed.rank() == options.die_rank and first_life:
         os.kill(os.getpid(), signal.SIGKILL)
+    if step == options.hang_at:
+        threading.Event().wait()
     if step == options.signal_at and distributed.rank() == options.signal_rank:
         os.kill(os.getpid(), options.signal_number)
     if step == options.nan_at and distributed.rank() == options.nan_rank:
