@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import typing
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,8 @@ class Config:
     """Implementation of multi-scale deformable attention."""
 
     def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError("seed must lie within 64 bits")
         self.criterion.check(self.model.matched_layers, self.model.given_groups, self.model.no_object)
         if self.data.mean is None or self.data.std is None:
             # From here on they are explicit: a checkpoint keeps them, whatever a later version of timm says.
@@ -55,27 +58,48 @@ class Config:
 class ConfigError(ValueError):
     """A configuration that a user has to correct; the message names file, key and what is known instead."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # one line, whatever was quoted in it
+
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML with duplicate keys refused and ``1e-4`` read as a number."""
+    """YAML 1.2's core schema, with duplicate keys refused and merge keys (``<<``) allowed.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: a key must be a word, found {key!r}")
-            if key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: duplicate key '{key}'")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    YAML 1.1, which PyYAML reads, takes ``010`` for 8, ``12:30`` for 750, ``no`` for false and ``2025-11-25`` for
+    a date.
+    """
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - as PyYAML declares it
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"line {key.start_mark.line + 1}: a key must be a word, found a list or mapping")
+            if key.value in seen:
+                raise ConfigError(f"line {key.start_mark.line + 1}: duplicate key '{key.value}'")
+            seen.add(key.value)
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
 
 
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader, or YAML 1.1, would take for something else than text."""
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+for _kind, _pattern in {
+    "null": "~|null|Null|NULL|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": "[-+]?[0-9]+|0o[0-7]{1,20}|0x[0-9a-fA-F]{1,15}",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "merge": "<<",
+}.items():
+    for _class in (_StrictLoader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})\\Z"), None)
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -104,7 +128,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """YAML of every key, sufficient to repeat the run."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def _read_chain(path: Path, below: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -117,10 +141,12 @@ def _read_chain(path: Path, below: tuple[Path, ...]) -> Iterator[tuple[str, dict
         raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file in UTF-8") from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, LookupError) as error:  # ConfigError among them; the others from `!!int x` and the like
+        raise ConfigError(f"{path}: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested without end") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
@@ -128,7 +154,7 @@ def _read_chain(path: Path, below: tuple[Path, ...]) -> Iterator[tuple[str, dict
     for name in base if isinstance(base, list) else [] if base is None else [base]:
         if not isinstance(name, str):
             raise ConfigError(f"{path}: 'base' must be a file name or a list of them, relative to this file")
-        yield from _read_chain(path.parent / name, (*below, path.resolve()))
+        yield from _read_chain(path.parent / os.path.expanduser(name), (*below, path.resolve()))
     yield str(path), values
 
 
@@ -145,24 +171,43 @@ def _parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key or any(not part for part in key.split(".")):
         raise ConfigError(f"override '{text}': expected key.path=value")
+    values: Any
     try:
-        values: Any = yaml.load(value, _StrictLoader)
-    except (yaml.YAMLError, ConfigError) as error:
-        raise ConfigError(f"override '{text}': the value is not valid YAML") from error
+        node = yaml.compose(value, _StrictLoader)
+        is_word = node is None or (isinstance(node, yaml.ScalarNode) and node.style is None)
+        values = None if is_word else yaml.load(value, _StrictLoader)
+    except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:
+        if value.lstrip()[:1] in tuple("[{\"'&*!|>"):
+            raise ConfigError(f"override '{text}': the value is not valid YAML") from error
+        is_word = True
+    if is_word:
+        # Of one word, all is meant: the shell has taken quotes away, and `runs/a #1` has no comment.
+        values = _read_word(value.strip(), f"override '{text}'")
     for part in reversed(key.split(".")):
         values = {part: values}
     return typing.cast(dict[str, Any], values)
 
 
+def _read_word(word: str, source: str) -> Any:
+    """A number, true, false, null or else text."""
+    loader = _StrictLoader("")
+    try:
+        return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, word, (True, False)), word))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from error
+
+
 def _decode_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> Config:
     origins: dict[tuple[str, ...], str] = {}
     merged: dict[str, Any] = {}
-    for source, given in layers:
-        values = modernise(given, merged)
-        _record_origins(values, (), source, origins)
-        merged = merge(Config, None, merged, values)
     try:
+        for source, given in layers:
+            values = modernise(given, merged)
+            _record_origins(values, (), source, origins)
+            merged = merge(Config, None, merged, values)
         return typing.cast(Config, decode(Config, None, merged, ()))
+    except RecursionError:
+        raise ConfigError(f"{source}: keys are nested without end, or refer to themselves") from None
     except KeyPathError as problem:
         path = problem.path
         while path and path not in origins:

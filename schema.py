@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import os
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -99,25 +101,28 @@ def decode(kind: Any, default: Any, value: Any, path: tuple[str, ...]) -> Any:
         decoded = _decode_plain(option, value, path)
         if decoded is not None:
             return decoded
-    raise KeyPathError(path, f"expected {_describe(kind)}, found {value!r}")
+    remedy = ""
+    if str in options and isinstance(value, (int, float)):
+        remedy = f": write it in quotes, on a command line '\"{value}\"'"
+    raise KeyPathError(path, f"expected {_describe(kind)}, found {_shown(value)}{remedy}")
 
 
 def _decode_variant(variants: Mapping[str, Any], default: Any, value: Any, path: tuple[str, ...]) -> Any:
     value = {"name": value} if isinstance(value, str) else value
     if not isinstance(value, Mapping):
-        raise KeyPathError(path, f"expected a mapping with 'name', one of {', '.join(variants)}; found {value!r}")
+        raise KeyPathError(path, f"expected a mapping with 'name', one of {', '.join(variants)}; found {_shown(value)}")
     name = value.get("name", getattr(default, "name", next(iter(variants)) if len(variants) == 1 else None))
     if name is None:
         raise KeyPathError(path, f"'name' is missing, one of {', '.join(variants)}")
-    if name not in variants:
-        raise KeyPathError((*path, "name"), f"unknown name {name!r}{_nearest(str(name), variants)}")
+    if not isinstance(name, str) or name not in variants:
+        raise KeyPathError((*path, "name"), f"unknown name {_shown(name)}{_nearest(str(name), variants)}")
     same = default if getattr(default, "name", None) == name else None
     return _decode_dataclass(variants[name], same, value, path)
 
 
 def _decode_dataclass(kind: Any, default: Any, value: Any, path: tuple[str, ...]) -> Any:
     if not isinstance(value, Mapping):
-        raise KeyPathError(path, f"expected a mapping of keys, found {value!r}")
+        raise KeyPathError(path, f"expected a mapping of keys, found {_shown(value)}")
     kinds = _field_types(kind)
     for key in value:
         if key not in kinds:
@@ -151,12 +156,23 @@ def _decode_plain(kind: Any, value: Any, path: tuple[str, ...]) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return {str(k): decode(args[1], None, v, (*path, str(k))) for k, v in value.items()}
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise KeyPathError(path, f"expected a finite number, found {value!r}")
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            raise KeyPathError(path, f"expected a finite number, found {_shown(value)}")
         return float(value)
-    if kind in (bool, int, str) and type(value) is kind:
+    if kind is bool and isinstance(value, str):  # YAML 1.1's words, which a person may still mean
+        return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower())
+    if kind is str and isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith("~") else value
+    if kind in (bool, int) and type(value) is kind:
         return value
     return None
+
+
+def _shown(value: Any) -> str:
+    """As Python writes it, but not at any length."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
 
 
 def _describe(kind: Any) -> str:

@@ -95,7 +95,16 @@ def test_numbers_in_every_notation(tmp_path):
         ("optimizer: {lr: -1}", [], r"run\.yaml: optimizer: lr must be positive"),
         ("optimizer: {lr: .nan}", [], r"optimizer\.lr: expected a finite number, found nan"),
         ("", ["optimizer.lr=.inf"], "expected a finite number, found inf"),
-        ("? [1, 2]\n: 3", [], r"run\.yaml: line \d+: a key must be a word, found \[1, 2\]"),
+        ("? [1, 2]\n: 3", [], r"run\.yaml: line \d+: a key must be a word, found a list or mapping"),
+        ("", ["seed=12:30"], "seed: expected an integer, found '12:30'"),
+        ("", ["output_dir=20251125"], "expected a string, found 20251125: write it in quotes, .* '\"20251125\"'"),
+        ("seed: 99999999999999999999", [], r"^seed must lie within 64 bits"),
+        ("optimizer: {lr: " + "9" * 400 + "}", [], r"run\.yaml: optimizer\.lr: expected a finite number"),
+        ("", ["criterion.classification={name: [1]}"], r"unknown name \[1\], known: focal"),
+        ("optimizer: &a {lr: *a}", [], r"run\.yaml: (optimizer\.lr: expected a number|.*themselves|not valid YAML)"),
+        ("seed: !!int x", [], r"run\.yaml: invalid literal"),
+        ("<<: 3", [], r"run\.yaml: not valid YAML: .* merging"),
+        ("seed: " + "[" * 5000, [], r"run\.yaml: not valid YAML"),
         ("", ["model={[1]: 2}"], "not valid YAML"),
         ("optimizer: {betas: [0.9]}", [], "optimizer.betas: expected 2 values, found 1"),
         ("criterion: {classification: {name: focale}}", [], "unknown name 'focale', did you mean 'focal'"),
@@ -147,6 +156,53 @@ def test_errors_name_source_key_and_what_is_known(tmp_path, text, overrides, wor
     with pytest.raises(ConfigError, match=words) as caught:
         config.load(write(tmp_path, text), overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("seed=010", "seed", 10),
+        ("seed=-7", "seed", -7),
+        ("seed=0x1F", "seed", 31),
+        ("output_dir=runs/a #1", "output_dir", "runs/a #1"),
+        ("output_dir=#1", "output_dir", "#1"),
+        ("output_dir=a: b: c", "output_dir", "a: b: c"),
+        ("output_dir=@home", "output_dir", "@home"),
+        ("output_dir=2025-11-25", "output_dir", "2025-11-25"),
+        ("output_dir=no", "output_dir", "no"),
+        ("output_dir='20251125'", "output_dir", "20251125"),
+        ("trainer={compile: yes}", "trainer.compile", True),
+        ("trainer.compile=Off", "trainer.compile", False),
+        ("optimizer={lr: 1e-3}", "optimizer.lr", 1e-3),
+        ("optimizer.betas=[.5, 1_0]", None, None),
+    ],
+)
+def test_overrides_mean_what_is_written(tmp_path, override, key, value):
+    """Not what YAML 1.1 makes of octal and sexagesimal numbers, dates and comments."""
+    if key is None:
+        with pytest.raises(ConfigError, match="expected a number, found '1_0'"):
+            config.load(write(tmp_path, ""), [override])
+        return
+    found = config.load(write(tmp_path, ""), [override])
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_home_folders_and_merge_keys(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    text = """
+data:
+  train: &train {images: ~/pictures, annotations: "b"}
+  val: {<<: *train, annotations: d}
+output_dir: ~/runs/a
+"""
+    cfg = config.load(write(tmp_path, text, data=False))
+    assert (cfg.data.train.images, cfg.data.val.images) == ("/home/somebody/pictures",) * 2
+    assert (cfg.data.train.annotations, cfg.data.val.annotations) == ("b", "d")
+    assert cfg.output_dir == "/home/somebody/runs/a"
+    assert config.load(write(tmp_path, config.dump(cfg), data=False)) == cfg
 
 
 def test_a_file_that_is_not_text_is_named(tmp_path):
