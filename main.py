@@ -52,7 +52,8 @@ def read_inputs(args: argparse.Namespace) -> tuple[Config, checkpoint.Loaded | N
     if args.resume is not None and args.resume != session.AUTO:
         loaded = checkpoint.load(Path(args.resume))
     if args.cfg is None and loaded is not None:
-        return configuration.from_dict(loaded.state["config"], args.overrides, str(loaded.path)), loaded
+        with checkpoint.understanding(loaded.path):
+            return configuration.from_dict(loaded.state["config"], args.overrides, str(loaded.path)), loaded
     if args.cfg is None:
         raise ValueError("--cfg FILE is needed (only --resume CHECKPOINT goes without: it carries its configuration)")
     return configuration.load(args.cfg, args.overrides), loaded
@@ -130,14 +131,14 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
 def evaluate(cfg: Config, loaded: checkpoint.Loaded, device: torch.device) -> None:
     """Measure a checkpoint's weights (the averaged ones, where there are) as training did."""
     run_log.configure(None)
-    with distributed.agreed_errors():
+    with distributed.agreed_errors(), checkpoint.understanding(loaded.path):
         set_default_backend(cfg.op_backend)
+        step = loaded.state["position"]["step"]
         categories = tuple(Category(*category) for category in loaded.state["categories"])
         validation = build_validation(cfg, cfg.data.val.build(split="val", categories=categories), device)
         model = cfg.model.build(len(categories), load_backbone=False)
         checkpoint.load_evaluated_weights(model, loaded)
     metrics = validation(model.to(device))
-    step = loaded.state["position"]["step"]
     log.info("%s (%d images) %s", loaded.path, metrics["images"], summarise_metrics(step, metrics))
     for name, value in metrics["per_class"].items():
         log.info("AP of %s: %s", name, "no objects" if value is None else f"{value:.2f}")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engine.lettering import families
 from engine.whole_files import replacing
 
 # Okabe and Ito's palette, the darkest first: yellow is hardly seen on white and comes last.
@@ -22,6 +23,7 @@ FONT = 7.5
 
 _SETTINGS: Any = {
     "font.size": FONT,
+    "text.parse_math": False,
     "axes.titlesize": FONT + 0.5,
     "axes.labelsize": FONT,
     "legend.fontsize": FONT - 0.5,
@@ -60,7 +62,7 @@ def drawing(path: Path, rows: int, columns: int, width: float, height: float, **
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context({**_SETTINGS, "font.family": families()}):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.subplots(rows, columns, squeeze=False, **grid)

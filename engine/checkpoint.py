@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -25,12 +25,6 @@ FORMAT = 1
 LAST = "checkpoint_last.pth"
 PREVIOUS = "checkpoint_previous.pth"
 BEST = "checkpoint_best.pth"
-
-# What torch.load raises on files that are truncated or something else; there is no common base class.
-_UNREADABLE = (
-    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
-    struct.error, zipfile.BadZipFile,
-)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -117,6 +111,8 @@ def read_file(path: Path) -> Any:
     """
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such checkpoint{_usable_beside(path)}")
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a directory, name a file in it{_usable_beside(path / LAST, itself=True)}")
     problem = _damage(path)
     if problem is None:
         try:
@@ -126,7 +122,7 @@ def read_file(path: Path) -> Any:
         except pickle.UnpicklingError as error:
             harmful = "unsupported" in str(error).lower() or "weightsunpickler" in str(error).lower()
             problem = "holds objects other than plain values and tensors" if harmful else "truncated or no checkpoint"
-        except _UNREADABLE:
+        except Exception:  # whatever comes to the readers of archives and pickles; there is no common base class
             problem = "truncated or no checkpoint"
     raise CheckpointError(f"{path}: cannot be read as a checkpoint ({problem}){_usable_beside(path)}")
 
@@ -147,6 +143,45 @@ def load(path: Path) -> Loaded:
             f"{path}: has checkpoint format {state['format']}, this program reads {FORMAT}{_usable_beside(path)}"
         )
     return Loaded(path, state)
+
+
+@contextmanager
+def understanding(path: Path) -> Iterator[None]:
+    """In the body, the content of a checkpoint is put to use, which may lack entries or hold something else in them.
+
+    Raises:
+        CheckpointError: in place of the error that such an entry causes.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{path}: its content is not what this program writes ({text})") from error
+
+
+def adopt_best(directory: Path, source: Path, step: int) -> bool:
+    """Give a run that goes on from another one's checkpoint the best checkpoint so far; False if it cannot be had.
+
+    Args:
+        directory: of the run; a best checkpoint in it is replaced.
+        source: the checkpoint the run goes on from, in another directory.
+        step: at which the best metric was measured.
+    """
+    for candidate in (source.with_name(BEST), source):
+        try:
+            found = load(candidate).state["position"]["step"]
+        except (CheckpointError, LookupError, TypeError):
+            continue
+        if found == step:
+            _link_or_copy(candidate, directory / BEST)
+            return True
+    return False
 
 
 def find_latest(directory: Path) -> tuple[Loaded | None, list[str]]:
@@ -255,13 +290,13 @@ def _damage(path: Path) -> str | None:
             return None
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError, struct.error, NotImplementedError) as error:
-        return f"damaged: {error}"
+    except Exception as error:  # decompression, encryption, sizes, names: all from bytes that are not as written
+        return f"damaged: {' '.join(str(error).split())}"
     return None if damaged is None else f"damaged at {damaged}"
 
 
-def _usable_beside(path: Path) -> str:
-    """End of an error message that lists the readable checkpoints in the same directory."""
-    others = [other for other in sorted(path.parent.glob("checkpoint_*.pth")) if other != path]
+def _usable_beside(path: Path, *, itself: bool = False) -> str:
+    """End of an error message that lists the readable checkpoints in the same directory, others or also this one."""
+    others = [other for other in sorted(path.parent.glob("checkpoint_*.pth")) if itself or other != path]
     usable = [str(other) for other in others if zipfile.is_zipfile(other) and _damage(other) is None]
     return f"; usable beside it: {', '.join(usable)}" if usable else "; there is no usable one beside it"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,8 @@ from torch import Tensor
 from ops.annotation_cache import shared
 from ops.coco_columns import NO_BOX, NO_CATEGORY_ID, NO_IMAGE_ID, NO_MAPPING, is_integer, whole_number
 from ops.coco_file import CocoFile, from_content, read_coco_file
+
+log = logging.getLogger(__name__)
 
 MetricBackend = Literal["auto", "hotcoco", "pycocotools"]
 
@@ -157,10 +160,23 @@ def box_metrics(ground_truth: GroundTruth, detections: Array, backend: MetricBac
     detections[:, 6] = np.searchsorted(categories, detections[:, 6].astype(np.int64)) + 1
     content = ground_truth.numbered
     something_to_compare = len(detections) > 0 and len(content["annotations"]) > 0
-    fast = something_to_compare and choose_backend(backend) == "hotcoco"
+    if something_to_compare and choose_backend(backend) == "hotcoco":
+        try:
+            return _evaluate(_hotcoco, content, detections)
+        except Exception as error:
+            if backend != "auto":
+                raise
+            # It saves time, but is young, and no evaluation may depend on it.
+            log.warning("hotcoco fails (%s): pycocotools computes the metrics instead", " ".join(str(error).split()))
+    return _evaluate(_pycocotools, content, detections)
+
+
+def _evaluate(
+    prepare: Callable[[dict[str, Any], Array], Any], content: dict[str, Any], detections: Array
+) -> BoxMetrics:
     # Both libraries print their progress; what matters is returned.
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = (_hotcoco if fast else _pycocotools)(content, detections)
+        evaluation = prepare(content, detections)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

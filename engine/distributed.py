@@ -116,9 +116,10 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, own_rank, size = next(dist.rendezvous("env://"))
-    # torchrun keeps one store for all its attempts: without a prefix, restarted processes would look for each other
-    # where those before them had listened.
-    store = dist.PrefixStore(f"attempt_{restart_count()}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        # One store for all attempts of torchrun: without a prefix, restarted processes would look for each other where
+        # those before them had listened. Otherwise each attempt has its own, and a machine that came back counts anew.
+        store = dist.PrefixStore(f"attempt_{restart_count()}", store)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=timeout)
     global _has_connected

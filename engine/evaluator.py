@@ -50,6 +50,9 @@ class Evaluator:
             raise ValueError(f"{source}: no objects to find, so that nothing can be evaluated")
         if not {category_id for category_id, _ in self.categories} & set(self.ground_truth.category_ids):
             raise ValueError(f"{source}: none of the model's categories {self.categories[:5]} is among its categories")
+        absent = [name for number, name in self.categories if number not in self.ground_truth.category_ids]
+        if absent:
+            log.warning("%s: has no category %s, so that there is no AP for them", source, ", ".join(absent[:10]))
         self._category_ids = np.array([category_id for category_id, _ in self.categories], dtype=np.float64)
         self._found: dict[int, NDArray[np.float32]] = {}
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.lettering import Lettered, lettered
 from engine.records import read_metrics
 from engine.whole_files import replacing
 from ops.boxes import cxcywh_to_xyxy
@@ -70,6 +71,7 @@ def draw_predictions(
         class_names: indexed by label.
         threshold: least score of a detection that is drawn.
     """
+    names = lettered(class_names)
     pairs = 2 if len(images) > 1 else 1
     rows = -(-len(images) // pairs)
     figure, axes = _canvas(rows, 2 * pairs, 3.2)
@@ -77,13 +79,13 @@ def draw_predictions(
         axis.set_axis_off()
     for i, image in enumerate(images):
         left, right = axes.flat[2 * i], axes.flat[2 * i + 1]
-        texts = [class_names[label] for label in image.target_labels.tolist()]
-        _draw_boxes(left, image.pixels, image.target_boxes_xyxy, image.target_labels, texts)
+        texts = [names[label].text for label in image.target_labels.tolist()]
+        _draw_boxes(left, image.pixels, image.target_boxes_xyxy, image.target_labels, texts, names)
         left.set_title(f"targets ({len(texts)})", fontsize=8)
         keep = image.detections.scores >= threshold
         scores, labels, boxes = (part[keep] for part in image.detections)
-        texts = [f"{class_names[c]} {s:.2f}" for c, s in zip(labels.tolist(), scores.tolist(), strict=True)]
-        _draw_boxes(right, image.pixels, boxes, labels, texts)
+        texts = [f"{names[c].text} {s:.2f}" for c, s in zip(labels.tolist(), scores.tolist(), strict=True)]
+        _draw_boxes(right, image.pixels, boxes, labels, texts, names)
         right.set_title(f"predictions, score ≥ {threshold:g} ({len(texts)})", fontsize=8)
     _save(figure, path)
 
@@ -139,7 +141,10 @@ def _canvas(rows: int, columns: int, size: float) -> tuple[Any, Any]:
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _draw_boxes(axis: Any, pixels: NDArray[np.uint8], boxes: Tensor, labels: Tensor, texts: Sequence[str]) -> None:
+def _draw_boxes(
+    axis: Any, pixels: NDArray[np.uint8], boxes: Tensor, labels: Tensor, texts: Sequence[str], names: Sequence[Lettered]
+) -> None:
+    from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Rectangle
 
     axis.imshow(pixels)
@@ -152,7 +157,8 @@ def _draw_boxes(axis: Any, pixels: NDArray[np.uint8], boxes: Tensor, labels: Ten
             max(x0, 0) + 1,
             max(y0, 0) + 1,
             text,
-            fontsize=5,
+            fontproperties=FontProperties(fname=names[label].font, size=5),
+            parse_math=False,
             va="top",
             color="black",
             clip_on=True,

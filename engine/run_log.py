@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from engine import distributed
+from engine.dispensable import dispensable
 from engine.runs.run_directory import LOG, METRICS
 from structures import LossOutput
 
@@ -48,12 +49,14 @@ class Records:
     def __init__(self, directory: Path, step: int) -> None:
         """Open the files of a run that starts or goes on after ``step`` optimizer steps."""
         self._active = distributed.is_main()
+        self._board: Any = None
         if self._active:
-            # Imported here: it takes seconds, and processes that write nothing do not need it.
-            from torch.utils.tensorboard import SummaryWriter
-
             self._file = (directory / METRICS).open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+            with dispensable("TensorBoard's events"):
+                # Imported here: it takes seconds, and processes that write nothing do not need it.
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl, and its numbers to TensorBoard under ``kind/``."""
@@ -65,24 +68,29 @@ class Records:
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, f"cannot write records: {error.strerror}", self._file.name) from error
-        for name, value in _scalars(record):
-            self._board.add_scalar(f"{kind}/{name}", value, step)
-        self._board.flush()
+        if self._board is not None:
+            with dispensable("TensorBoard's events"):
+                for name, value in _scalars(record):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+                self._board.flush()
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """Show an image file in TensorBoard."""
-        if self._active:
-            from PIL import Image
+        if self._board is not None:
+            with dispensable("TensorBoard's pictures"):
+                from PIL import Image
 
-            with Image.open(path) as image:
-                self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-            self._board.flush()
+                with Image.open(path) as image:
+                    self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+                self._board.flush()
 
     def close(self) -> None:
         """Flush and close the files."""
         if self._active:
             self._file.close()
-            self._board.close()
+        if self._board is not None:
+            with dispensable("TensorBoard's events"):
+                self._board.close()
 
 
 def _finite(value: Any) -> Any:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 
 from engine import checkpoint, distributed
 from engine.averaging import AveragedWeights
+from engine.dispensable import dispensable
+from engine.host_memory import TRIM_EVERY, return_free_memory
 from engine.loaders import TrainLoader
 from engine.optimizer import Schedule, load_optimizer_state, set_learning_rate
 from engine.pictures import draw_curves
@@ -101,7 +104,17 @@ class Trainer:
         Raises:
             ValueError: if it is for another model, other classes, or another division of the data into steps.
         """
-        path, state = loaded
+        with checkpoint.understanding(loaded.path):
+            self._load(*loaded)
+        if self.best is None or loaded.path.resolve().parent == self.directory.resolve():
+            return
+        # A run of its own from now on, whose directory is to hold what its metrics promise.
+        step = self.best["step"]
+        if distributed.is_main() and not checkpoint.adopt_best(self.directory, loaded.path, step):
+            log.warning("%s: the best checkpoint so far, of step %d, is not beside it", loaded.path, step)
+            self.best = None
+
+    def _load(self, path: Path, state: Mapping[str, Any]) -> None:
         position = state["position"]
         if position["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
@@ -122,8 +135,9 @@ class Trainer:
                 self.average.load_state_dict(state["ema"])
         if state["seed"] != self.seed:
             log.warning("seed %d differs from %d in %s: the order of the data changes", self.seed, state["seed"], path)
-        self.step, self.evaluated_step = position["step"], position["evaluated_step"]
-        self.best, self.metrics = state["best"], state["metrics"]
+        self.step, self.evaluated_step = index(position["step"]), index(position["evaluated_step"])
+        best, self.metrics = state["best"], state["metrics"]
+        self.best = None if best is None else {"AP": float(best["AP"]), "step": index(best["step"])}
         self._going_back = path.name != checkpoint.LAST and path.resolve().parent == self.directory.resolve()
         self.faults.counters.update(state["counters"])
 
@@ -136,7 +150,7 @@ class Trainer:
             The metrics of the last evaluation.
 
         Raises:
-            Interrupted: after SIGTERM or SIGINT, once the step has ended and a checkpoint is written.
+            Interrupted: after SIGTERM, SIGINT or SIGHUP, once the step has ended and a checkpoint is written.
             DivergedError: when losses or gradients were not finite too often.
             ValueError: for what a user can mend, such as a full disk.
         """
@@ -164,13 +178,15 @@ class Trainer:
         stream = self._stream()
         while self.step < self.total_steps:
             began = time.perf_counter()
-            # A process that is to stop needs no further batch, and its workers may have had the same signal.
-            batches = [] if stop.signal_number else next(stream)
+            # A process that is to stop needs no further batch, which may never come.
+            batches = stop.wait_for(stream) or []
             waited = time.perf_counter() - began
             num_targets = self._agree(stop, sum(sum(batch.targets.counts) for batch in batches))
             norm = self._train_step(batches, BatchSize(max(1, num_targets), self.batch_size), progress)
             progress.end_step(self.batch_size, time.perf_counter() - began, waited)
             self.step += 1
+            if self.step % TRIM_EVERY == 0:
+                return_free_memory()
             if self.step % self.config.log_every == 0 or self.step == self.total_steps:
                 self._record(progress, norm, records)
             if self._evaluation_due():
@@ -260,7 +276,8 @@ class Trainer:
         self._save(best=is_best)
 
     def _draw(self, records: Records) -> None:
-        draw_curves(self.directory / METRICS, self.directory / CURVES)
+        with dispensable(CURVES):
+            draw_curves(self.directory / METRICS, self.directory / CURVES)
         if (self.directory / PREDICTIONS).exists():
             records.picture("predictions", self.directory / PREDICTIONS, self.step)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from engine import distributed
+from engine.dispensable import dispensable
 from engine.evaluator import Evaluator, evaluate
 from engine.loaders import EvalLoader
 from engine.pictures import AnnotatedImage, annotated_images, draw_predictions
@@ -84,6 +85,6 @@ class Validation:
         if self.detections is not None:
             self.evaluator.save(self.detections)
         if self.picture is not None and pictured:
-            names = [name for _, name in self.evaluator.categories]
-            draw_predictions(self.picture, pictured[:PICTURED], names)
+            with dispensable(self.picture.name):
+                draw_predictions(self.picture, pictured[:PICTURED], [name for _, name in self.evaluator.categories])
         return metrics

@@ -32,6 +32,7 @@ from datasets import CocoDataset
 from datasets.images import UnreadableImageError
 from engine import checkpoint, distributed
 from engine.evaluator import Evaluator
+from engine.lettering import lettered
 from engine.step import DTYPES, configure_device
 from models import Detector
 from ops.boxes import cxcywh_to_xyxy
@@ -257,7 +258,7 @@ def _draw_sampling(
         except UnreadableImageError:
             height, width = (side or 1 for side in dataset.stated_size(index))
             picture = Picture(np.full((height, width, 3), 128, dtype=np.uint8), (height, width))
-        name = dataset.categories[found.labels[target.place]].name
+        name = lettered([category.name for category in dataset.categories])[found.labels[target.place]].text
         queries = [result.looking.get(target) for result in results]
         rows.append(LookingRow(f"{name} ({target})", picture, found.boxes_xyxy[target.place], queries))
     draw_sampling(path, labels, rows)

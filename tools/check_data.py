@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import config
 from datasets import CleaningReport, CocoConfig, CocoDataset
@@ -23,6 +23,7 @@ from datasets.coco import Sample, SampleKey
 from datasets.images import UnreadableImageError, read_header
 from engine.distributed import describe_error
 from engine.evaluator import Evaluator
+from engine.lettering import lettered
 from engine.whole_files import replacing
 from ops.boxes import cxcywh_to_xyxy
 from tools.console import print_anything
@@ -134,10 +135,13 @@ def draw_sample(sample: Sample, names: Sequence[str]) -> Image.Image:
     picture = picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))
     draw = ImageDraw.Draw(picture)
     size = torch.tensor([picture.width, picture.height] * 2)
+    written = lettered(names)
     for box, label in zip((cxcywh_to_xyxy(sample.boxes) * size).tolist(), sample.labels.tolist(), strict=True):
         colour = PALETTE[label % len(PALETTE)]
         draw.rectangle(box, outline=colour)
-        draw.text((box[0] + 2, box[1] + 1), names[label], fill=colour, stroke_width=1, stroke_fill="black")
+        text, file = written[label]
+        font = ImageFont.truetype(file, 11) if file else ImageFont.load_default()
+        draw.text((box[0] + 2, box[1] + 1), text, font=font, fill=colour, stroke_width=1, stroke_fill="black")
     cell = Image.new("RGB", (CELL, CELL), "#303030")
     cell.paste(picture, (MARGIN // 2, MARGIN // 2))
     ImageDraw.Draw(cell).text((MARGIN, CELL - 16), f"image {sample.image_id}", fill="white")

@@ -51,8 +51,9 @@ def load_model(
     """
     loaded = checkpoint.load(Path(path))
     state = loaded.state
-    config = configuration.from_dict(state["config"], overrides, str(loaded.path))
-    categories = tuple(Category(int(number), str(name)) for number, name in state["categories"])
+    with checkpoint.understanding(loaded.path):
+        config = configuration.from_dict(state["config"], overrides, str(loaded.path))
+        categories = tuple(Category(int(number), str(name)) for number, name in state["categories"])
     model: nn.Module = config.model.build(len(categories), load_backbone=False)
     checkpoint.load_evaluated_weights(model, loaded)
     return model.eval().to(device), config, categories

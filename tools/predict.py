@@ -24,6 +24,7 @@ from torch import Tensor
 from datasets.annotations import read_annotation_file
 from datasets.image_files import EXTENSIONS, image_files
 from datasets.images import UnreadableImageError
+from engine.lettering import lettered
 from engine.pictures import COLOURS
 from engine.whole_files import replacing
 from ops.coco_columns import is_integer, whole_number
@@ -87,13 +88,16 @@ def draw(pixels: Tensor, detections: Detections, class_names: Sequence[str]) -> 
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     canvas = ImageDraw.Draw(picture)
     width = max(2, round(max(picture.size) / 400))
-    font = ImageFont.load_default(size=max(11, round(max(picture.size) / 60)))
+    size = max(11, round(max(picture.size) / 60))
+    names = lettered(class_names)
+    files = {name.font for name in names}
+    fonts = {file: ImageFont.truetype(file, size) if file else ImageFont.load_default(size) for file in files}
     worst_first = list(reversed(list(zip(*(part.tolist() for part in detections), strict=True))))
     for _, label, box in worst_first:
         canvas.rectangle(box, outline=COLOURS[label % len(COLOURS)], width=width)
     # Texts after all boxes, so that no line crosses them.
     for score, label, box in worst_first:
-        text = f"{class_names[label]} {score:.2f}"
+        text, font = f"{names[label].text} {score:.2f}", fonts[names[label].font]
         left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
         # Above the box where there is room, else inside it, and never beyond the right border.
         x = max(0, min(box[0], picture.width - right - 2))

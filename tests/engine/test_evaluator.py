@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -300,6 +301,42 @@ def test_an_absent_fast_backend_falls_back(monkeypatch):
     monkeypatch.setattr("engine.coco_metrics.find_spec", lambda name: None)
     assert choose_backend("auto") == "pycocotools"
     assert choose_backend("hotcoco") == "hotcoco"
+
+
+class Broken:
+    """A library that refuses everything."""
+
+    @staticmethod
+    def COCO(content):  # noqa: N802 - as hotcoco names it
+        raise RuntimeError("categories[0]: field 'id': expected a non-negative integer")
+
+
+def test_a_fast_backend_that_fails_is_replaced_and_told(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "hotcoco", Broken)
+    monkeypatch.setattr("engine.coco_metrics.find_spec", lambda name: True)
+    content, found = random_case(3)
+    evaluator = filled(content, found)
+    rows = evaluator._rows(evaluator._gathered())
+    truth = read_ground_truth(content)
+    metrics = box_metrics(truth, rows)
+    assert np.array_equal(metrics.statistics, box_metrics(truth, rows, "pycocotools").statistics)
+    assert "expected a non-negative integer" in caplog.text
+    with pytest.raises(RuntimeError, match="non-negative"):
+        box_metrics(truth, rows, "hotcoco")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_categories_that_are_not_annotated_are_told_of_once(backend, caplog, capfd):
+    content = one_object()
+    content["categories"] = [entry for entry in content["categories"] if entry["id"] != 11]
+    evaluator = Evaluator(content, CATEGORIES, backend)
+    assert "no category emu, so that there is no AP for them" in caplog.text
+    caplog.clear()
+    evaluator.update([7], [detect((10, 10, 50, 50))])
+    evaluator.update([8], [detect((10, 10, 50, 50), label=2)])
+    metrics = evaluator.compute()
+    assert (metrics["AP"], metrics["per_class"]["emu"]) == (pytest.approx(100.0), None)
+    assert (caplog.text, *capfd.readouterr()) == ("", "", "")
 
 
 class Echo(nn.Module):

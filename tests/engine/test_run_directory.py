@@ -46,6 +46,28 @@ def test_a_checkpoint_elsewhere_does_not_open_an_occupied_directory(tmp_path: Pa
         opened.directory.close()
 
 
+def test_a_run_that_goes_on_elsewhere_has_the_best_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its directory is a run of its own; where the best one is gone, the next evaluation counts as the best."""
+    first = Options(directory=str(tmp_path / "a"), steps=12, eval_every_steps=3)
+    best = tiny_training.train(first).best
+    assert best is not None
+    (tmp_path / "b").mkdir()
+    loaded = session.checkpoint.load(tmp_path / "a" / session.checkpoint.LAST)
+    trainer = tiny_training.build(replace(first, directory=str(tmp_path / "b")))
+    trainer.load_state_dict(loaded)
+    found = session.checkpoint.load(tmp_path / "b" / session.checkpoint.BEST).state
+    assert found["position"]["step"] == best["step"]
+    assert trainer.best == best
+    (tmp_path / "c").mkdir()
+    (tmp_path / "a" / session.checkpoint.BEST).unlink()
+    loaded.state["best"]["step"] = 4  # of which there is no checkpoint
+    trainer = tiny_training.build(replace(first, directory=str(tmp_path / "c")))
+    trainer.load_state_dict(loaded)
+    assert trainer.best is None
+    assert "of step 4, is not beside it" in (tmp_path / "a" / "log.txt").read_text()
+    assert not list((tmp_path / "c").iterdir())
+
+
 def test_a_restart_goes_on_with_its_own_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun restarts also what was refused: the run of another launch must not be taken for its own."""
     options = Options(directory=str(tmp_path / "run"), steps=2)
