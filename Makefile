@@ -15,10 +15,11 @@ help:
 
 install: $(BIN)/.installed
 
-$(BIN)/.installed: requirements.txt requirements-dev.txt
+$(BIN)/.installed: requirements.txt requirements-dev.txt requirements-fast.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, found %s (make PYTHON=python3.12 ...)" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-fast.txt || echo "hotcoco cannot be installed: pycocotools evaluates, more slowly"
 	@touch $@
 
 data/shapes/shapes.json: | $(BIN)/.installed
@@ -27,7 +28,7 @@ data/shapes/shapes.json: | $(BIN)/.installed
 # One process per core: without a GPU that is faster than threads, and it does not suffer from a busy machine.
 quickstart: $(BIN)/.installed data/shapes/shapes.json
 	processes=$$($(BIN)/python -c "import os, torch; print(1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))") && \
-	$(BIN)/torchrun --standalone --nproc-per-node $$processes main.py --cfg configs/quickstart.yaml --resume auto output_dir=$(RUN)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $$processes main.py --cfg configs/quickstart.yaml --resume auto output_dir=$(RUN)
 	@echo "done: $(RUN)/predictions.png, $(RUN)/curves.png, $(RUN)/metrics.jsonl, $(RUN)/checkpoint_best.pth"
 
 # Two worker processes with one thread each use two cores better than one process with two threads.
