@@ -91,6 +91,7 @@ def test_ptx_kernels_with_windows_of_any_shape(levels: int, P: int, D: int, host
     assert host.plans[1].threads == min(96 * max(2, levels), 512)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tile", "halo", "queries", "warps"), [((16, 8), 2, 16, 4), ((16, 4), 3, 64, 12), ((4, 4), 4, 8, 8)]
 )
