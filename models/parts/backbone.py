@@ -100,7 +100,8 @@ class Backbone(nn.Module):
         names, layers = names_in_whole(body, found.whole), layer_numbers(found.whole)
         frozen = frozen_parameters(found, config.frozen_stages) if config.frozen_stages else set()
         for name, parameter in body.named_parameters():
-            parameter.requires_grad_(names[name] not in frozen)
+            if names[name] in frozen:
+                parameter.requires_grad_(False)
         self._layers = {f"body.{name}": layers[names[name]] for name, _ in body.named_parameters()}
         if config.norm == "frozen":
             body = freeze_batch_norm_2d(body)

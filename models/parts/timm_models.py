@@ -128,14 +128,14 @@ def frozen_parameters(found: Outline, stages: int | Literal["stem"]) -> set[str]
     last = ends[stages - 1] if isinstance(stages, int) else ends[0] - 1
     end, modules = found.stages[max(last, 0)].module, [name for name, _ in found.whole.named_modules()]
     if end not in modules:  # a network of parallel branches, whose stages are no modules but have numbers
-        numbers, limit = layer_numbers(found.whole, coarse=True), last
-    else:
-        numbers = layer_numbers(found.whole)
-        own = [number for name, number in numbers.items() if name.startswith(f"{end}.")]
-        before = set(modules[: modules.index(end)])
-        earlier = [number for name, number in numbers.items() if name.rpartition(".")[0] in before]
-        limit = min(own) - 1 if last < 0 else max(own or earlier)
-    return {name for name, number in numbers.items() if number <= limit}
+        return {name for name, number in layer_numbers(found.whole, coarse=True).items() if number <= last}
+    numbers, before = layer_numbers(found.whole), set(modules[: modules.index(end)])
+    own = {name for name in numbers if name.startswith(f"{end}.")}
+    earlier = {name for name in numbers if name.rpartition(".")[0] in before}
+    limit = min(numbers[name] for name in own) if last < 0 else max(numbers[name] for name in own or earlier)
+    # What leads to the next stage may count as the layer before it.
+    within = set() if last < 0 else own | earlier
+    return {name for name, number in numbers.items() if number < limit or (number == limit and name in within)}
 
 
 def _options_for_any_size(whole: nn.Module) -> dict[str, Any]:

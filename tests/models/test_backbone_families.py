@@ -14,10 +14,51 @@ from models.parts.timm_models import Outline, frozen_parameters, outline
 
 SIZES = (97, 161), (224, 320)
 QUICK = ["resnet18", "efficientnet_b0", "vit_tiny_patch16_224"]
-USABLE = []
+USABLE = [
+    "convmixer_768_32",
+    "convnext_atto",
+    "cpubone_nano",
+    "cs3darknet_focus_s",
+    "csatv2",
+    "cspnext_tiny",
+    "davit_tiny",
+    "deit_tiny_distilled_patch16_224",
+    "densenet121",
+    "dla34",
+    "dpn48b",
+    "edgenext_xx_small",
+    "efficientnet_b0",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "eva02_tiny_patch14_224",
+    "fasternet_t0",
+    "fastvit_t8",
+    "hrnet_w18_small",
+    "mobilenetv3_small_050",
+    "mobilenetv4_conv_small_035",
+    "pvt_v2_b0",
+    "regnetx_002",
+    "repvgg_a0",
+    "resnetv2_18",
+    "swin_tiny_patch4_window7_224",
+    "test_mambaout",
+    "tf_efficientnet_lite0",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_patch16_dinov3",
+    "xcit_nano_12_p16_224",
+]
 BRANCHED = {"hrnet_w18_small"}
 """Networks whose maps all come from their last stage."""
-REFUSED = {}
+REFUSED = {
+    "beit_base_patch16_224": "takes only images of 224 × 224 pixels",
+    "botnet26t_256": "takes only images of 256 × 256 pixels",
+    "cait_xxs24_224": "takes only images of 224 × 224 pixels",
+    "coat_lite_tiny": "takes only images of 224 × 224 pixels",
+    "convit_tiny": "takes only images of 224 × 224 pixels",
+    "crossvit_9_240": "gives maps of other strides than it states",
+    "efficientformer_l1": "takes only images of 224 × 224 pixels",
+    "efficientformerv2_s0": "takes only images of 224 × 224 pixels",
+}
 
 
 def levels(found: Outline) -> tuple[int, ...]:
@@ -33,7 +74,7 @@ def used_for_map(name: str, found: Outline, index: int) -> set[str]:
     side = max(64, found.size_multiple)
     (feature,) = body(torch.randn(2, 3, side, side))
     names = names_in_whole(body, found.whole)
-    parameters = dict(body.named_parameters())
+    parameters = {name: parameter for name, parameter in body.named_parameters() if parameter.requires_grad}
     gradients = torch.autograd.grad(feature.square().sum(), list(parameters.values()), allow_unused=True)
     return {names[key] for key, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 
