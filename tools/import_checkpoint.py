@@ -1,4 +1,4 @@
-"""Make a checkpoint of this project out of one of IDEA-Research/DINO, detrex, Align-DETR or mmdetection.
+"""Make a checkpoint of this project out of one of a detector's authors, detrex, mmdetection or transformers.
 
     python -m tools.import_checkpoint dino_4scale.pth --out runs/dino/checkpoint.pth
     python main.py --eval --resume runs/dino/checkpoint.pth data.val.images=… data.val.annotations=…
@@ -32,7 +32,7 @@ from schema import plain
 from tools.checkpoint_layouts import Conversion, convert
 from tools.checkpoint_layouts.reading import read, select_weights
 
-_COCO = Path(__file__).parents[1] / "configs" / "coco.yaml"
+_CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def import_checkpoint(
@@ -69,10 +69,11 @@ def configure(conversion: Conversion, path: Path, overrides: Sequence[str] = ())
     Raises:
         ValueError: the model it describes has other entries, or other shapes.
     """
+    (published,) = _CONFIGS.glob(f"{conversion.model['name']}_r50_*ep.yaml")
     inferred = {
         "model": conversion.model,
-        "criterion": {"classification": "focal", "matcher": "hungarian", "prime_sample_tau": None},
-        "data": {**yaml.safe_load(_COCO.read_text(encoding="utf-8"))["data"], **conversion.data},
+        "criterion": yaml.safe_load(published.read_text(encoding="utf-8"))["criterion"],
+        "data": {**yaml.safe_load((_CONFIGS / "coco.yaml").read_text(encoding="utf-8"))["data"], **conversion.data},
         "output_dir": str(Path("runs") / path.stem),
     }
     config = configuration.from_dict(inferred, overrides, str(path))
@@ -86,9 +87,10 @@ def _check(config: Config, conversion: Conversion, path: Path) -> None:
         model = config.model.build(len(conversion.categories), load_backbone=False)
     expected, found = model.state_dict(), conversion.tensors
     problems = [f"{name} is not filled" for name in expected if name not in found]
-    problems += [f"{conversion.sources.get(name, name)} has no place in the model" for name in found.keys() - expected]
+    sources = {name: " and ".join(conversion.sources.get(name, (name,))) for name in found}
+    problems += [f"{sources[name]} has no place in the model" for name in found.keys() - expected.keys()]
     problems += [
-        f"{conversion.sources.get(name, name)} has shape {list(found[name].shape)} instead of {list(value.shape)}"
+        f"{sources[name]} has shape {list(found[name].shape)} instead of {list(value.shape)}"
         for name, value in expected.items()
         if name in found and found[name].shape != value.shape
     ]
@@ -120,7 +122,7 @@ def save(path: Path, conversion: Conversion, config: Config) -> None:
 def report(conversion: Conversion, config: Config) -> list[str]:
     """What was recognised and what became of the entries, in lines."""
     model = config.model
-    used = len(set(conversion.sources.values()))
+    used = len({source for sources in conversion.sources.values() for source in sources})
     lines = [
         f"layout: {conversion.layout}",
         f"model: {describe(model)}, {len(conversion.categories)} classes",

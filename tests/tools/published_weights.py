@@ -22,8 +22,13 @@ SIZES = ((160, 133), (117, 200))
 """(height, width) of the two images of every case; padded together to 160 x 200."""
 
 _TABLES = ("tgt_embed", "query_embedding", "level_embed", "label_enc", "label_embedding", "position_bias")
-_CLASS = ("class_embed", "cls_branches")
-_LAST_BOX_LAYER = re.compile(r"bbox_embed\.(\d+\.)?layers\.2|reg_branches\.\d+\.4")
+_QUERIES = ("query_embed.weight", "query_position_embeddings", "refpoint_embed", "anchor_box_embed")
+_SHARP = re.compile(
+    r"multihead_attn\.in_proj_weight|encoder_attn\.[qk]_proj\.weight|ca_(?:qpos_sine|kpos)_proj\.weight"
+    r"|attentions\.1\.(?:query_pos_sine|key_pos)_proj\.weight"
+)
+_CLASS = ("class_embed", "cls_branches", "class_labels_classifier")
+_LAST_BOX_LAYER = re.compile(r"(?:bbox_embed|bbox_predictor)\.(\d+\.)?layers\.2|reg_branches\.\d+\.4")
 # Category ids of COCO run to 90, and eleven of them are not in use.
 UNUSED_IDS = (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
@@ -42,16 +47,22 @@ def entry(name: str, shape: tuple[int, ...], salt: str) -> Tensor:
     values = uniform(f"{salt}/{name}", shape)
     if any(part in name for part in _CLASS) and name.endswith("bias"):
         values = values - 2
-        if shape == (91,):  # training drives the ids without objects far down
+        if shape in ((91,), (92,)):  # training drives the ids without objects far down
             values[list(UNUSED_IDS)] = -20
     elif any(part in name for part in _TABLES):
         pass
+    elif any(part in name for part in _QUERIES):
+        values = values * 2
+    elif name.endswith("activation.weight"):  # of a PReLU
+        values = (1 + values) / 4
     elif name.endswith("sampling_offsets.bias"):
         values = values * 4
     elif len(shape) > 1:
         values = values * np.float32(np.sqrt(3 / np.prod(shape[1:])))
         if _LAST_BOX_LAYER.search(name):
             values = values * 2
+        elif _SHARP.search(name):  # or queries that differ in their positions alone see the same
+            values = values * 3
     elif name.endswith("running_var"):
         values = 1 + values / 2
     elif name.endswith("weight"):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from datasets import Category
+from models.parts.position_encoding import SinePositionEncoding
 from tools import import_checkpoint
 from tools.checkpoint_layouts import COCO, convert
 from tools.checkpoint_layouts.reading import read, select_weights
@@ -44,8 +45,9 @@ def test_every_entry_of_the_published_models_is_used_or_left_out(case: str) -> N
     conversion = convert({}, weights)
     # `configure` compares with the entries of the model that the configuration builds.
     config = import_checkpoint.configure(conversion, Path(case))
-    assert set(conversion.sources.values()) | conversion.left_out.keys() == weights.keys()
-    assert not set(conversion.sources.values()) & conversion.left_out.keys()
+    used = {source for sources in conversion.sources.values() for source in sources}
+    assert used | conversion.left_out.keys() == weights.keys()
+    assert not used & conversion.left_out.keys()
     assert conversion.sources.keys() | conversion.filled.keys() == conversion.tensors.keys()
     backbone, strides, levels, shared = FULL[case]
     model = config.model
@@ -55,6 +57,84 @@ def test_every_entry_of_the_published_models_is_used_or_left_out(case: str) -> N
     assert conversion.categories == COCO
     allowed = ("the same as", "counts batches", "follows from the window size")
     assert all(reason.startswith(allowed) for reason in conversion.left_out.values())
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    {
+        "detr_r50": {"name": "detr", "num_queries": 12, "detections_per_image": 100},
+        "transformers_detr_r50": {"name": "detr", "num_queries": 12, "embed_dim": 64},
+        "conditional_detr_r50": {"name": "conditional_detr", "num_queries": 12},
+        "dab_detr_r50": {"name": "dab_detr", "num_queries": 12, "position_encoding": SinePositionEncoding()},
+        "dn_detr_r50": {"name": "dn_detr", "num_queries": 12},
+        "deformable_detr_r50": {"num_queries": 12, "box_refinement": False, "two_stage": False},
+        "deformable_detr_refine_r50": {"num_queries": 12, "box_refinement": True, "two_stage": False},
+        "deformable_detr_two_stage_r50": {"num_queries": 300, "box_refinement": True, "two_stage": True},
+        "transformers_deformable_detr_two_stage_r50": {"name": "deformable_detr", "two_stage": True},
+        "h_detr_r50": {"name": "h_detr", "look_forward_twice": True},
+    }.items(),
+)
+def test_detectors_are_told_apart_and_every_entry_is_used_or_left_out(case: str, expected: dict[str, Any]) -> None:
+    weights = hollow(case)
+    # H-DETR's two sets of queries are in one table.
+    args = argparse.Namespace(num_queries_one2one=12) if case == "h_detr_r50" else None
+    conversion = convert({"args": args}, weights)
+    model = import_checkpoint.configure(conversion, Path(case)).model
+    used = {source for sources in conversion.sources.values() for source in sources}
+    assert used | conversion.left_out.keys() == weights.keys()
+    assert not used & conversion.left_out.keys()
+    assert not conversion.filled
+    assert {key: getattr(model, key) for key in expected} == expected
+    assert (model.encoder_layers, model.decoder_layers, model.ffn_dim) == (2, 3, 96)
+    assert model.backbone.strides == ((8, 16, 32) if hasattr(model, "num_levels") else (32,))
+    if case == "h_detr_r50":
+        assert (model.num_queries, model.one_to_many_queries) == (12, 18)
+
+
+def numbered(shape: tuple[int, ...]) -> Tensor:
+    """A tensor whose rows hold their number."""
+    return torch.arange(float(shape[0])).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+
+def test_rows_that_are_no_class() -> None:
+    ids = [category.id for category in COCO]
+    weights = hollow("detr_r50")
+    weights["class_embed.bias"] = numbered((92,))
+    assert convert({}, weights).tensors["heads.class_head.bias"].tolist() == [*ids, 91]  # "no object" comes last
+    weights = hollow("dn_detr_r50")
+    weights["label_enc.weight"] = numbered((92, 255))
+    tensors = convert({}, weights).tensors
+    assert tensors["denoising.label_embedding.weight"][:, 0].tolist() == ids
+    assert tensors["denoising.no_label"].tolist() == [91.0] * 255
+    weights = hollow("deformable_detr_two_stage_r50")
+    for name in ("class_embed.3.bias", "transformer.decoder.class_embed.3.bias"):
+        weights[name] = numbered((91,)) + 7
+    conversion = convert({}, weights)
+    assert conversion.tensors["query_selection.heads.class_head.bias"].tolist() == [7]
+    assert "transformer.decoder.class_embed.3.bias: only the first row tells objects from background" in conversion.cut
+
+
+def test_matrices_are_cut_and_joined() -> None:
+    weights = hollow("detr_r50")
+    for name in [name for name in weights if name.endswith("in_proj_bias")]:
+        weights[name] = numbered((192,))
+    tensors = convert({}, weights).tensors
+    for name in ("encoder.layers.1.attention", "decoder.layers.2.cross_attention"):
+        parts = [tensors[f"{name}.{part}_projection.bias"][0].item() for part in ("query", "key", "value")]
+        assert parts == [0, 64, 128]
+    assert tensors["decoder.layers.0.self_attention.query_key_projection.bias"].tolist() == list(range(128))
+    assert tensors["decoder.layers.0.self_attention.value_projection.bias"][0] == 128
+    weights = hollow("conditional_detr_r50")
+    weights["transformer.decoder.layers.1.sa_kpos_proj.bias"] = numbered((256,))
+    joined = convert({}, weights).tensors["decoder.layers.1.self_attention.position_projection.bias"]
+    assert joined[256:].tolist() == list(range(256))
+    assert joined[:256].unique().numel() == 1
+
+
+def test_a_dilated_backbone_is_read_from_the_settings() -> None:
+    conversion = convert({"args": argparse.Namespace(dilation=True)}, hollow("detr_r50"))
+    backbone = import_checkpoint.configure(conversion, Path("x.pth")).model.backbone
+    assert (backbone.dilation, backbone.strides) == (True, (16,))
 
 
 def test_class_rows_of_dino_are_category_ids() -> None:

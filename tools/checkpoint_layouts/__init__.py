@@ -8,20 +8,27 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from datasets import Category
-from tools.checkpoint_layouts import detrex, idea_dino, mmdetection
+from tools.checkpoint_layouts import (
+    detrex,
+    idea_dino,
+    mmdetection,
+    official_deformable_detr,
+    official_detr,
+    transformers_detr,
+)
 from tools.checkpoint_layouts.backbones import infer_backbone
 from tools.checkpoint_layouts.coco_categories import COCO
 from tools.checkpoint_layouts.conversion import (
     Conventions,
     Rule,
     class_rows,
+    cut_and_join,
     fill_biases,
-    infer_model,
     rename,
     select_class_rows,
     share_heads,
-    split_attention,
 )
+from tools.checkpoint_layouts.inference import infer_model, infer_name
 
 __all__ = ["COCO", "LAYOUTS", "Conversion", "Layout", "convert", "recognise"]
 
@@ -34,12 +41,15 @@ class Layout(Protocol):
 
     def recognises(self, weights: Mapping[str, Tensor]) -> bool: ...
 
-    def conventions(self, content: Mapping[str, Any]) -> Conventions: ...
+    def conventions(self, content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Conventions: ...
 
     def rules(self, weights: Mapping[str, Tensor]) -> list[Rule]: ...
 
 
-LAYOUTS: tuple[Layout, ...] = (idea_dino, detrex, mmdetection)
+LAYOUTS: tuple[Layout, ...] = (
+    *(idea_dino, detrex, mmdetection),
+    *(official_detr, official_deformable_detr, transformers_detr),
+)
 
 
 class Conversion(NamedTuple):
@@ -52,8 +62,8 @@ class Conversion(NamedTuple):
     """The ``model`` section of the configuration."""
     data: dict[str, Any]
     """Keys of the ``data`` section that the weights depend on."""
-    sources: dict[str, str]
-    """Name in the file of each entry of ``tensors`` that comes from there."""
+    sources: dict[str, tuple[str, ...]]
+    """Names in the file of each entry of ``tensors`` that comes from there."""
     left_out: dict[str, str]
     """Reason for each entry of the file that is not used."""
     filled: dict[str, str]
@@ -100,21 +110,25 @@ def convert(
         ValueError: the layout is unknown, an entry is, or the categories do not fit.
     """
     layout = recognise(weights)
-    conventions = layout.conventions(content)
+    conventions = layout.conventions(content, weights)
     renamed = rename(weights, layout.rules(weights), ignore)
     shared = share_heads(renamed)
-    split_attention(renamed)
-    heads = renamed.tensors.get("query_selection.heads.class_head.weight")
-    if heads is None or "level_embedding" not in renamed.tensors or "neck.lateral.0.0.weight" not in renamed.tensors:
-        raise ValueError(f"{layout.NAME}: entries of class heads, levels or neck are missing")
-    chosen = _categories(categories, conventions.class_names, heads.shape[0], layout.ROWS_ARE_IDS)
-    rows = class_rows(heads.shape[0], layout.ROWS_ARE_IDS, chosen, conventions.class_names, categories is not None)
-    cut = select_class_rows(renamed, rows)
+    cut = cut_and_join(renamed)
+    found = renamed.tensors
+    heads = found.get("heads.class_head.weight", found.get("heads.0.class_head.weight"))
+    needed = ("encoder.layers.0.norm.weight", "encoder.layers.0.feed_forward.expand.weight")
+    if heads is None or any(name not in found for name in needed):
+        raise ValueError(f"{layout.NAME}: entries of class heads or of the encoder are missing")
+    no_object = infer_name(found) == "detr"
+    num_rows = heads.shape[0] - no_object
+    chosen = _categories(categories, conventions.class_names, num_rows, layout.ROWS_ARE_IDS)
+    rows = class_rows(num_rows, layout.ROWS_ARE_IDS, chosen, conventions.class_names, categories is not None)
+    cut += select_class_rows(renamed, rows, no_object)
     filled = fill_biases(renamed)
-    model = infer_model(renamed.tensors, conventions, shared)
-    model["backbone"] = infer_backbone(renamed.tensors)
+    model = infer_model(found, conventions, shared)
+    model["backbone"] = infer_backbone(found, conventions.dilation)
     data = {"mean": list(conventions.mean), "std": list(conventions.std)}
-    return Conversion(layout.NAME, renamed.tensors, chosen, model, data, renamed.sources, renamed.left_out, filled, cut)
+    return Conversion(layout.NAME, found, chosen, model, data, renamed.sources, renamed.left_out, filled, cut)
 
 
 def _categories(

@@ -73,21 +73,24 @@ def swin(prefix: str, first_level: int) -> list[Rule]:
     return rules
 
 
-def infer_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def infer_backbone(tensors: Mapping[str, Tensor], dilation: bool) -> dict[str, Any]:
     """The ``model.backbone`` section of a configuration that has these (renamed) entries.
+
+    Args:
+        tensors: of the whole detector.
+        dilation: whether the last stage is dilated, which does not show.
 
     Raises:
         ValueError: it is of a kind or size that is not supported.
     """
-    inputs: list[int] = []
-    while f"neck.lateral.{len(inputs)}.0.weight" in tensors:
-        inputs.append(tensors[f"neck.lateral.{len(inputs)}.0.weight"].shape[1])
-    strides = [32 >> i for i in reversed(range(len(inputs)))]
+    levels = max(1, count(tensors, r"neck\.lateral\.(\d+)\.0\.weight"))
+    strides = [(16 if dilation else 32) >> i for i in reversed(range(levels))]
     if f"{BODY}conv1.weight" in tensors:
         depths = tuple(count(tensors, rf"{re.escape(BODY)}layer{stage}\.(\d+)\..+") for stage in range(1, 5))
         if depths not in _RESNETS:
             raise ValueError(f"a ResNet with {depths} blocks is not supported; known: 50, 101 and 152 layers")
-        return {"model": _RESNETS[depths], "strides": strides, "norm": "frozen", "frozen_stages": 1}
+        frozen = {"norm": "frozen", "frozen_stages": 1}
+        return {"model": _RESNETS[depths], "strides": strides, "dilation": dilation, **frozen}
     width = tensors[f"{BODY}patch_embed.proj.weight"].shape[0]
     blocks = count(tensors, rf"{re.escape(BODY)}layers_2\.blocks\.(\d+)\..+")
     table = tensors[f"{BODY}layers_0.blocks.0.attn.relative_position_bias_table"].shape[0]

@@ -1,4 +1,4 @@
-"""What all layouts share: renaming by rules, heads, class rows and attention matrices, the inferred configuration."""
+"""What all layouts share: renaming by rules, heads, class rows and matrices that are cut or joined."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from datasets import Category
 
 
 class Rule(NamedTuple):
-    """Entries whose whole name matches ``pattern`` become ``target``, a replacement that may use its groups."""
+    """Entries whose whole name matches ``pattern`` become ``target``, a replacement that may use its groups.
+
+    Targets that end with ``#0`` and ``#1`` are joined, row below row.
+    """
 
     pattern: str
     target: str | None
@@ -27,7 +30,8 @@ class Rule(NamedTuple):
 
 def parameters(source: str, target: str) -> Rule:
     """A rule for the weight and bias of one layer; ``source`` is a pattern and may have groups."""
-    return Rule(rf"{source}\.(?P<kind>weight|bias)", rf"{target}.\g<kind>")
+    name, joined, part = target.partition("#")
+    return Rule(rf"{source}\.(?P<kind>weight|bias)", rf"{name}.\g<kind>{joined}{part}")
 
 
 def deformable_attention(source: str, target: str) -> list[Rule]:
@@ -38,9 +42,21 @@ def deformable_attention(source: str, target: str) -> list[Rule]:
 
 
 def self_attention(source: str, target: str) -> list[Rule]:
-    """Rules for PyTorch's multi-head attention, whose joint matrix :func:`split_attention` cuts later."""
+    """Rules for PyTorch's multi-head attention, whose joint matrix :func:`cut_and_join` cuts later."""
     joint = Rule(rf"{source}\.in_proj_(?P<kind>weight|bias)", rf"{target}.in_projection.\g<kind>")
     return [joint, parameters(rf"{source}\.out_proj", f"{target}.output_projection")]
+
+
+def heads_of_layers(num_layers: int, prefix: str = r"(?:transformer\.decoder\.)?") -> list[Rule]:
+    """Rules for heads that are counted through; those after the decoder layers' are the encoder's."""
+    heads = [(i, f"heads.{i}") for i in range(num_layers)] + [(num_layers, "query_selection.heads")]
+    return [
+        *(parameters(rf"{prefix}class_embed\.{index}", f"{own}.class_head") for index, own in heads),
+        *(
+            parameters(rf"{prefix}bbox_embed\.{index}\.layers\.(\d+)", rf"{own}.box_head.layers.\1")
+            for index, own in heads
+        ),
+    ]
 
 
 def count(names: Iterable[str], pattern: str) -> int:
@@ -64,6 +80,12 @@ class Conventions:
     """Detections per image."""
     denoising: Mapping[str, Any] = field(default_factory=dict)
     """Keys of the denoising configuration."""
+    num_queries: int = 300
+    """Queries of the decoder, where the weights do not tell."""
+    look_forward_twice: bool = False
+    """Whether the boxes of Deformable DETR's layers were refined with the gradient of the layer before."""
+    dilation: bool = False
+    """Whether the last stage of the backbone is dilated (DC5)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Pixel statistics, RGB in [0, 1]."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -76,8 +98,8 @@ class Renamed(NamedTuple):
     """Entries under this project's names."""
 
     tensors: dict[str, Tensor]
-    sources: dict[str, str]
-    """Name in the file of each entry."""
+    sources: dict[str, tuple[str, ...]]
+    """Names in the file of each entry."""
     left_out: dict[str, str]
     """Reason for each entry of the file that is not used."""
 
@@ -107,11 +129,11 @@ def rename(weights: Mapping[str, Tensor], rules: Sequence[Rule], ignore: Sequenc
         target = re.sub(rule.pattern, rule.target, name)
         value = value if rule.transform is None else rule.transform(value)
         if target not in result.tensors:
-            result.tensors[target], result.sources[target] = value, name
+            result.tensors[target], result.sources[target] = value, (name,)
         elif torch.equal(result.tensors[target], value):
-            result.left_out[name] = f"the same as {result.sources[target]}"
+            result.left_out[name] = f"the same as {result.sources[target][0]}"
         else:
-            raise ValueError(f"{name} and {result.sources[target]} should be the same, but differ")
+            raise ValueError(f"{name} and {result.sources[target][0]} should be the same, but differ")
     if unknown:
         raise ValueError(
             f"{len(unknown)} entries are unknown to this layout ({', '.join(unknown[:4])}"
@@ -138,33 +160,80 @@ def share_heads(renamed: Renamed) -> bool:
     for layer in sorted(by_layer)[1:]:
         for part in by_layer[layer]:
             name = f"heads.{layer}.{part}"
-            renamed.left_out[renamed.sources.pop(name)] = f"the same as {renamed.sources[f'heads.0.{part}']}"
+            (source,) = renamed.sources.pop(name)
+            renamed.left_out[source] = f"the same as {renamed.sources[f'heads.0.{part}'][0]}"
             del renamed.tensors[name]
     return True
 
 
-def split_attention(renamed: Renamed) -> None:
-    """Cut the joint query, key and value matrix of the decoder's self-attention as this project has it."""
-    for name in [name for name in renamed.tensors if ".in_projection." in name]:
-        value, source = renamed.tensors.pop(name), renamed.sources.pop(name)
+def cut_and_join(renamed: Renamed) -> list[str]:
+    """Make matrices as this project has them; returns a line for each entry of which only a part is used."""
+    lines = []
+    for name in list(renamed.tensors):
+        pieces = _pieces(name, renamed.tensors[name], is_class_agnostic(renamed.tensors))
+        if pieces:
+            source, value = renamed.sources.pop(name), renamed.tensors.pop(name)
+            if sum(piece.numel() for piece in pieces.values()) < value.numel():
+                lines.append(f"{source[0]}: only the first row tells objects from background")
+            renamed.tensors.update(pieces)
+            renamed.sources.update(dict.fromkeys(pieces, source))
+    for first in [name for name in renamed.tensors if name.endswith("#0")]:
+        target = first.removesuffix("#0")
+        names = [name for name in (first, f"{target}#1") if name in renamed.tensors]
+        renamed.tensors[target] = torch.cat([renamed.tensors.pop(name) for name in names])
+        renamed.sources[target] = tuple(source for name in names for source in renamed.sources.pop(name))
+    return lines
+
+
+def is_class_agnostic(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the encoder's proposals are about objects of any class, as those of Deformable DETR are."""
+    return "query_from_box.projection.weight" in tensors
+
+
+def _pieces(name: str, value: Tensor, class_agnostic: bool) -> dict[str, Tensor]:
+    """What an entry is cut into, by name; nothing where it stays whole."""
+    before, joint, kind = name.partition(".in_projection.")
+    if joint and before.endswith(".self_attention"):
         third = value.shape[0] // 3
-        for part, rows in (("query_key", value[: 2 * third]), ("value", value[2 * third :])):
-            target = name.replace(".in_projection.", f".{part}_projection.")
-            renamed.tensors[target], renamed.sources[target] = rows, source
+        pieces = {"query_key": value[: 2 * third], "value": value[2 * third :]}
+        return {f"{before}.{part}_projection.{kind}": rows for part, rows in pieces.items()}
+    if joint:
+        parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
+        return {f"{before}.{part}_projection.{kind}": rows for part, rows in parts}
+    if name == "query_position_content":
+        return dict(zip(("query_position.weight", "query_content.weight"), value.chunk(2, dim=1), strict=True))
+    if name == "denoising.labels.weight":
+        return {"denoising.label_embedding.weight": value[:-1], "denoising.no_label": value[-1]}
+    if class_agnostic and name.startswith("query_selection.heads.class_head."):
+        return {name: value[:1]}
+    return {}
 
 
-def select_class_rows(renamed: Renamed, rows: Sequence[int]) -> list[str]:
-    """Keep these rows of everything that has one row per class, in this order; returns a line for each entry cut."""
+def select_class_rows(renamed: Renamed, rows: Sequence[int], no_object: bool) -> list[str]:
+    """Keep the rows of these classes, in this order, of everything that has one per class.
+
+    Args:
+        renamed: entries, which are changed.
+        rows: of the classes.
+        no_object: whether the class head's last row, for "no object", is kept behind them.
+
+    Returns:
+        A line for each entry that is cut.
+    """
     lines = []
     for name, value in renamed.tensors.items():
         if "class_head" not in name.split(".") and name != "denoising.label_embedding.weight":
             continue
+        if name.startswith("query_selection.") and is_class_agnostic(renamed.tensors):
+            continue
+        source = renamed.sources[name][0]
         if max(rows) >= value.shape[0]:
-            raise ValueError(f"{renamed.sources[name]} has {value.shape[0]} rows, the categories need {max(rows) + 1}")
-        if list(rows) != list(range(value.shape[0])):
-            renamed.tensors[name] = value[torch.tensor(rows)]
-            spare = value.shape[0] - len(rows)
-            lines.append(f"{renamed.sources[name]}: {len(rows)} rows taken, {spare} of no category left out")
+            raise ValueError(f"{source} has {value.shape[0]} rows, the categories need {max(rows) + 1}")
+        kept = [*rows, value.shape[0] - 1] if no_object else list(rows)
+        if kept != list(range(value.shape[0])):
+            renamed.tensors[name] = value[torch.tensor(kept)]
+            spare = value.shape[0] - len(kept)
+            lines.append(f"{source}: {len(kept)} rows taken, {spare} of no category left out")
     return lines
 
 
@@ -177,35 +246,6 @@ def fill_biases(renamed: Renamed) -> dict[str, str]:
             renamed.tensors[f"{match[1]}bias"] = torch.zeros(renamed.tensors[name].shape[0])
             filled[f"{match[1]}bias"] = "zero: the layout has no bias there"
     return filled
-
-
-def infer_model(tensors: Mapping[str, Tensor], conventions: Conventions, shared_heads: bool) -> dict[str, Any]:
-    """The ``model`` section of a configuration whose model has these entries (the backbone's part aside)."""
-    num_levels, embed_dim = tensors["level_embedding"].shape
-    weights = tensors["encoder.layers.0.attention.attention_weights.weight"]
-    denoising = None
-    if "denoising.label_embedding.weight" in tensors:
-        denoising = dict(conventions.denoising)
-    return {
-        "name": "dino",
-        "num_levels": num_levels,
-        "embed_dim": embed_dim,
-        "num_heads": conventions.num_heads,
-        "num_points": weights.shape[0] // (conventions.num_heads * num_levels),
-        "encoder_layers": count(tensors, r"encoder\.layers\.(\d+)\..+"),
-        "decoder_layers": count(tensors, r"decoder\.layers\.(\d+)\..+"),
-        "ffn_dim": tensors["encoder.layers.0.feed_forward.expand.weight"].shape[0],
-        "num_queries": tensors["query_content.weight"].shape[0],
-        "position_encoding": {"temperature": conventions.temperature, "offset": conventions.offset},
-        "published": {
-            "padded_query_positions": True,
-            "suppress_invalid_proposals": False,
-            "prediction_eps": conventions.prediction_eps,
-        },
-        "shared_heads": shared_heads,
-        "denoising": denoising,
-        "detections_per_image": conventions.top_k,
-    }
 
 
 def class_rows(

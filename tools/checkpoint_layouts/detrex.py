@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tools.checkpoint_layouts.backbones import detectron2_resnet, swin
-from tools.checkpoint_layouts.conversion import Conventions, Rule, count, parameters
+from tools.checkpoint_layouts.conversion import Conventions, Rule, count, heads_of_layers, parameters
 from tools.checkpoint_layouts.mmcv_parts import decoder_layers, encoder_layers, neck
 
 NAME = "detrex (DINO or Align-DETR)"
@@ -20,7 +20,7 @@ def recognises(weights: Mapping[str, Tensor]) -> bool:
     return "transformer.level_embeds" in weights and "transformer.decoder.ref_point_head.layers.0.weight" in weights
 
 
-def conventions(content: Mapping[str, Any]) -> Conventions:
+def conventions(content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Conventions:
     """How this implementation computes; its files say nothing of it, so this is what its DINO models do."""
     return Conventions(
         temperature=10000.0, offset=-0.5, denoising={"queries": 100, "label_noise": 0.5, "box_noise": 1.0}
@@ -31,9 +31,6 @@ def rules(weights: Mapping[str, Tensor]) -> list[Rule]:
     """Rules for all entries of the layout."""
     num_lateral = count(weights, r"neck\.convs\.(\d+)\.conv\.weight")
     num_layers = count(weights, r"transformer\.decoder\.layers\.(\d+)\..+")
-    # The head after those of the decoder's layers is the encoder's.
-    heads = [(f"{i}", f"heads.{i}") for i in range(num_layers)] + [(f"{num_layers}", "query_selection.heads")]
-    shared = r"(?:transformer\.decoder\.)?"
     return [
         Rule(r"pixel_(?:mean|std)", None, "pixel statistics are part of the configuration"),
         *detectron2_resnet(r"backbone\."),
@@ -48,9 +45,5 @@ def rules(weights: Mapping[str, Tensor]) -> list[Rule]:
         *decoder_layers(r"transformer\.decoder\.layers\.(\d+)", r"attentions\.0", r"attentions\.1", r"ffns\.0"),
         parameters(r"transformer\.decoder\.norm", "decoder.norm"),
         parameters(r"transformer\.decoder\.ref_point_head\.layers\.(\d+)", r"decoder.position_head.layers.\1"),
-        *(parameters(rf"{shared}class_embed\.{index}", f"{own}.class_head") for index, own in heads),
-        *(
-            parameters(rf"{shared}bbox_embed\.{index}\.layers\.(\d+)", rf"{own}.box_head.layers.\1")
-            for index, own in heads
-        ),
+        *heads_of_layers(num_layers),
     ]

@@ -30,7 +30,7 @@ def encoder_layers(prefix: str, attention: str, feed_forward: str) -> list[Rule]
     return [
         *deformable_attention(rf"{prefix}\.{attention}", f"{own}.attention"),
         parameters(rf"{prefix}\.norms\.0", f"{own}.norm"),
-        *_feed_forward(prefix, feed_forward, 1, own),
+        *feed_forward_blocks(prefix, feed_forward, 1, own),
     ]
 
 
@@ -42,13 +42,15 @@ def decoder_layers(prefix: str, self_attn: str, cross_attn: str, feed_forward: s
         *deformable_attention(rf"{prefix}\.{cross_attn}", f"{own}.cross_attention"),
         parameters(rf"{prefix}\.norms\.0", f"{own}.self_norm"),
         parameters(rf"{prefix}\.norms\.1", f"{own}.cross_norm"),
-        *_feed_forward(prefix, feed_forward, 2, own),
+        *feed_forward_blocks(prefix, feed_forward, 2, own),
     ]
 
 
-def _feed_forward(prefix: str, name: str, norm: int, own: str) -> list[Rule]:
+def feed_forward_blocks(prefix: str, name: str, norm: int, own: str) -> list[Rule]:
+    """Rules for the feed-forward blocks ``name`` of all layers, with the number of the norm after them."""
     return [
         parameters(rf"{prefix}\.{name}\.layers\.0\.0", f"{own}.feed_forward.expand"),
         parameters(rf"{prefix}\.{name}\.layers\.1", f"{own}.feed_forward.contract"),
+        parameters(rf"{prefix}\.{name}\.(?:activation|layers\.0\.1)", f"{own}.feed_forward.activation"),
         parameters(rf"{prefix}\.norms\.{norm}", f"{own}.feed_forward.norm"),
     ]

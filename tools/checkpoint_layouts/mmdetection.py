@@ -21,7 +21,7 @@ def recognises(weights: Mapping[str, Tensor]) -> bool:
     return "memory_trans_fc.weight" in weights and "bbox_head.cls_branches.0.weight" in weights
 
 
-def conventions(content: Mapping[str, Any]) -> Conventions:
+def conventions(content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Conventions:
     """How this implementation computes: its published DINO, with what ``meta`` says otherwise."""
     meta = content.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
