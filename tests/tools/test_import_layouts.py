@@ -50,7 +50,7 @@ def test_every_entry_of_the_published_models_is_used_or_left_out(case: str) -> N
     assert not used & conversion.left_out.keys()
     assert conversion.sources.keys() | conversion.filled.keys() == conversion.tensors.keys()
     backbone, strides, levels, shared = FULL[case]
-    model = config.model
+    model: Any = config.model
     assert (model.backbone.model, list(model.backbone.strides), model.num_levels) == (backbone, strides, levels)
     assert (model.shared_heads, model.num_queries, model.ffn_dim) == (shared, 900, 2048)
     assert (model.encoder_layers, model.decoder_layers, model.num_points) == (6, 6, 4)
@@ -79,7 +79,7 @@ def test_detectors_are_told_apart_and_every_entry_is_used_or_left_out(case: str,
     # H-DETR's two sets of queries are in one table.
     args = argparse.Namespace(num_queries_one2one=12) if case == "h_detr_r50" else None
     conversion = convert({"args": args}, weights)
-    model = import_checkpoint.configure(conversion, Path(case)).model
+    model: Any = import_checkpoint.configure(conversion, Path(case)).model
     used = {source for sources in conversion.sources.values() for source in sources}
     assert used | conversion.left_out.keys() == weights.keys()
     assert not used & conversion.left_out.keys()
