@@ -78,4 +78,6 @@ def encode_boxes(boxes: Tensor, channels: int) -> Tensor:
     Returns:
         [..., 4 · channels] float32, or [..., 2 · channels].
     """
-    return sine_features(boxes[..., [1, 0, 2, 3][: boxes.shape[-1]]], channels).flatten(-2)
+    # Slices: a list of indices would be copied from the host, once in every layer.
+    ordered = torch.cat([boxes[..., 1:2], boxes[..., 0:1], boxes[..., 2:]], dim=-1)
+    return sine_features(ordered, channels).flatten(-2)

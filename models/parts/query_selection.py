@@ -91,7 +91,7 @@ class QuerySelection(nn.Module):
         valid = ((boxes > 0.01) & (boxes < 0.99)).all(dim=-1)
         # Pixels that may not propose keep a finite anchor (the published code has infinity), so that nothing
         # downstream can turn into NaN should they ever be selected for want of others.
-        boxes = torch.where(valid[..., None], boxes, boxes.new_tensor(1 - 1e-6))
+        boxes = torch.where(valid[..., None], boxes, 1 - 1e-6)
         return torch.logit(boxes), valid
 
 
