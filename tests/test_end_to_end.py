@@ -128,9 +128,24 @@ def leaves(value: Any, path: str = "criterion") -> list[tuple[str, Any]]:
     return [(path, value)]
 
 
+OTHER = {
+    "overlap": "diou",
+    "matched_focal": "distance",
+    "smallest_iou": "0.6",
+    "smallest_target": "0.6",
+    "mean_over_queries": "5",
+    "prime_sample_terms": "[class]",
+    "class_weights": "[1, 2, 1, 4, 3, 2]",
+}
+"""Values for keys that are no plain numbers, or whose range is narrow."""
+ELSEWHERE = {"unlabelled", "negative_detached"}
+"""Keys that need other targets, or change gradients only: tests/losses holds them."""
+
+
 def other_value(path: str, value: Any) -> str:
-    if path.endswith(".overlap"):
-        return "diou"
+    key = path.rpartition(".")[2]
+    if key in OTHER:
+        return OTHER[key]
     if isinstance(value, bool):
         return str(not value).lower()
     if isinstance(value, int):
@@ -171,5 +186,7 @@ def test_an_override_of_every_criterion_key_changes_the_loss(shapes, criterion):
 
     reference = losses(base.criterion)
     for path, value in keys:
+        if path.rpartition(".")[2] in ELSEWHERE:
+            continue
         changed = config.from_dict(values, [f"{path}={other_value(path, value)}"])
         assert not torch.allclose(losses(changed.criterion), reference, rtol=1e-6, atol=0), f"{path} has no effect"
