@@ -1,4 +1,4 @@
-"""A detector on a plain vision transformer, from its weight file to the exported program."""
+"""A detector on a plain vision transformer, from its weight file to its predictions."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def write_run(directory: Path, weights: Path, **backbone: object) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [12, 0])
-def test_dinov2_trains_predicts_and_exports(frozen: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dinov2_trains_and_predicts(frozen: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     source = timm.create_model(MODEL).state_dict()
     torch.save(source, tmp_path / "weights.pth")
     main.run(["--cfg", str(write_run(tmp_path, tmp_path / "weights.pth", frozen_stages=frozen))])
     lines = capsys.readouterr().out
-    assert ("learning rates: 30 groups" in lines) == (not frozen)
+    assert ("learning rates: 15 groups" in lines) == (not frozen)
     last = tmp_path / "run" / checkpoint.LAST
     trained = checkpoint.load(last).state["weights"]
     moved = {
@@ -80,7 +80,6 @@ def test_dinov2_trains_predicts_and_exports(frozen: int, tmp_path: Path, capsys:
     own = timm.get_pretrained_cfg(MODEL)
     assert detector.config.data.pixel_statistics == (own.mean, own.std)
     assert len(detector([torch.rand(3, 97, 161)])[0].scores)
-    assert export.export(last, "torch_export", tmp_path / "detector.pt2") < export.TOLERANCE
 
 
 def test_wrong_weights_are_refused_before_any_data_is_read(tmp_path: Path) -> None:
