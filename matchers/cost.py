@@ -190,8 +190,9 @@ def _box_terms(boxes: Tensor, target_boxes: Tensor) -> tuple[Tensor, Tensor]:
         half, target_half = planes[extent] * 0.5, target_planes[extent] * 0.5
         difference = (half - target_half).abs_()
         distances.append(offset.add(difference, alpha=2))
-        reach = torch.maximum(offset, difference)
-        half_sum = half + target_half
+        # Into the buffers that are read here for the last time: these tensors are the largest of the criterion.
+        reach = torch.maximum(offset, difference, out=offset)
+        half_sum = torch.add(half, target_half, out=difference)
         overlaps.append((half_sum - reach).clamp_(min=0))
         enclosings.append(half_sum.add_(reach))
     intersection = overlaps[0].mul_(overlaps[1])
