@@ -6,6 +6,7 @@ import functools
 import logging
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ def families() -> list[str]:
     """matplotlib's ``font.family`` for texts with the names of this process so far in them: the usual font first."""
     from matplotlib.font_manager import FontProperties
 
-    return ["DejaVu Sans", *(FontProperties(fname=file).get_name() for file in _needed)]
+    # A font may have been taken away since.
+    return ["DejaVu Sans", *(FontProperties(fname=file).get_name() for file in _needed if Path(file).exists())]
 
 
 @functools.cache

@@ -25,7 +25,7 @@ def test_mapping_reaches_every_tensor_and_keeps_everything_else():
     assert torch.equal(doubled.targets.boxes, 2 * batch.targets.boxes)
     assert torch.equal(doubled.image_ids, 2 * batch.image_ids)
     assert torch.equal(doubled.original_sizes, 2 * batch.original_sizes)
-    assert doubled.targets[2:] == ((2, 0, 1), (1, 2, 3))
+    assert doubled.targets[2:] == ((2, 0, 1), (1, 2, 3), None)
     group = map_tensors(QueryGroup(Prediction(torch.ones(1), torch.ones(1)), class_agnostic=True), torch.neg)
     assert (group.matches, group.image_scale, group.valid, group.class_agnostic) == (None, None, None, True)
 

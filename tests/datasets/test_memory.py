@@ -15,7 +15,7 @@ from datasets.annotations import PackedAnnotations, pack_annotations
 from datasets.coco import SampleKey
 from ops.coco_file import from_content
 
-IMAGES, BOXES_PER_IMAGE, WORKERS = 118_000, 7, 4
+IMAGES, BOXES_PER_IMAGE, WORKERS = 236_000, 7, 4
 MEBIBYTE = 2**20
 
 
