@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from models.parts.attention import ConditionalAttention, ConditionalSelfAttention
 from models.parts.heads import PredictionHeads, refine_boxes
-from models.parts.layers import MLP, ConditionalDecoderLayer, Decoder
+from models.parts.layers import MLP, Decoder
 from models.parts.position_encoding import SinePositionEncoding, encode_boxes
 from models.parts.single_scale import SingleScaleConfig, SingleScaleDetector
 from structures import DetectorOutputs, Images, Prediction, QueryGroup, Targets
@@ -42,7 +41,7 @@ class ConditionalDETR(SingleScaleDetector):
         self.query_position = nn.Embedding(config.num_queries, dim)
         self.point_head = MLP(dim, dim, 2, 2)
         self.place_scale = MLP(dim, dim, dim, 2)
-        layers = [self.decoder_layer(index == 0) for index in range(config.decoder_layers)]
+        layers = [self.conditional_layer(index == 0) for index in range(config.decoder_layers)]
         self.decoder = Decoder(layers, nn.LayerNorm(dim))
         self.decoder.gradient_checkpointing = config.gradient_checkpointing
         self.heads = PredictionHeads(dim, num_classes)
@@ -61,10 +60,3 @@ class ConditionalDETR(SingleScaleDetector):
         stacked = torch.stack(features)
         boxes = refine_boxes(points, self.heads.regress(stacked), eps=1e-5)
         return DetectorOutputs({"decoder": QueryGroup(Prediction(self.heads.classify(stacked), boxes))})
-
-    def decoder_layer(self, is_first: bool) -> ConditionalDecoderLayer:
-        """A layer of queries that look at each other, and at the memory by content and by place."""
-        dim, heads, dropout = self.config.embed_dim, self.config.num_heads, self.config.dropout
-        attention = ConditionalSelfAttention(dim, heads, dropout)
-        cross = ConditionalAttention(dim, heads, dropout, is_first)
-        return ConditionalDecoderLayer(attention, cross, self.feed_forward(), dim, dropout)

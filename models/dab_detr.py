@@ -9,12 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.parts.attention import ConditionalAttention, ConditionalSelfAttention
 from models.parts.box_decoder import BoxDecoder
 from models.parts.heads import PredictionHeads
 from models.parts.layers import (
     MLP,
-    ConditionalDecoderLayer,
     DecoderLayer,
     Encoder,
     EncoderLayer,
@@ -49,7 +47,7 @@ class DABDETR(SingleScaleDetector):
         super().__init__(config, num_classes, load_backbone)
         dim = config.embed_dim
         self.query_boxes = nn.Embedding(config.num_queries, 4)
-        layers = [self._decoder_layer(index == 0) for index in range(config.decoder_layers)]
+        layers = [self.conditional_layer(index == 0) for index in range(config.decoder_layers)]
         self.decoder = ModulatedBoxDecoder(layers, dim)
         self.decoder.gradient_checkpointing = config.gradient_checkpointing
         self.heads = PredictionHeads(dim, num_classes)
@@ -69,12 +67,6 @@ class DABDETR(SingleScaleDetector):
     def feed_forward(self) -> FeedForward:
         """With a PReLU, as published."""
         return FeedForward(self.config.embed_dim, self.config.ffn_dim, self.config.dropout, nn.PReLU())
-
-    def _decoder_layer(self, is_first: bool) -> ConditionalDecoderLayer:
-        dim, heads, dropout = self.config.embed_dim, self.config.num_heads, self.config.dropout
-        attention = ConditionalSelfAttention(dim, heads, dropout)
-        cross = ConditionalAttention(dim, heads, dropout, is_first)
-        return ConditionalDecoderLayer(attention, cross, self.feed_forward(), dim, dropout)
 
 
 class ScaledPositionEncoder(Encoder):

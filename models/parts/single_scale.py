@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from models.detector import Detector, DetectorConfig
-from models.parts.attention import MemoryAttention
+from models.parts.attention import ConditionalAttention, ConditionalSelfAttention, MemoryAttention
 from models.parts.backbone import BackboneConfig
-from models.parts.layers import Encoder, EncoderLayer, FeedForward
+from models.parts.layers import ConditionalDecoderLayer, Encoder, EncoderLayer, FeedForward
 from models.parts.memory import Memory, level_valid_sizes, pixel_centres
 from structures import Images
 
@@ -64,6 +64,13 @@ class SingleScaleDetector(Detector):
     def feed_forward(self) -> FeedForward:
         """The feed-forward block of a layer."""
         return FeedForward(self.config.embed_dim, self.config.ffn_dim, self.config.dropout)
+
+    def conditional_layer(self, is_first: bool) -> ConditionalDecoderLayer:
+        """A layer of queries that look at each other, and at the memory by content and by place."""
+        dim, heads, dropout = self.config.embed_dim, self.config.num_heads, self.config.dropout
+        attention = ConditionalSelfAttention(dim, heads, dropout)
+        cross = ConditionalAttention(dim, heads, dropout, is_first)
+        return ConditionalDecoderLayer(attention, cross, self.feed_forward(), dim, dropout)
 
     def _encoder_layer(self) -> EncoderLayer:
         dim, dropout = self.config.embed_dim, self.config.dropout
