@@ -79,6 +79,7 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             accumulation_steps=cfg.trainer.accumulation_steps,
+            total_steps=cfg.schedule.total_steps,
         )
         categories = [list(category) for category in train_set.categories]
         counts = torch.bincount(train_set.annotations.labels, minlength=len(categories)).tolist()

@@ -5,6 +5,7 @@ The index of data sets is ``DatasetConfig``, that of transforms ``Transform``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from datasets.annotations import Category, CleaningReport
@@ -90,9 +91,16 @@ class DataConfig:
         return train, self.val.build(split="val", categories=train.categories)
 
     def build_train_loader(
-        self, dataset: CocoDataset, *, seed: int, rank: int = 0, world_size: int = 1, accumulation_steps: int = 1
+        self,
+        dataset: CocoDataset,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation_steps: int = 1,
+        total_steps: Callable[[int], int] | None = None,
     ) -> TrainLoader:
-        """Batches of this rank.
+        """Batches of this rank; see ``TrainBatchSampler`` for the arguments.
 
         Raises:
             ValueError: ``batch_size`` cannot be divided over processes and accumulation steps, or exceeds the data set.
@@ -104,6 +112,7 @@ class DataConfig:
             rank=rank,
             world_size=world_size,
             accumulation_steps=accumulation_steps,
+            total_steps=total_steps,
         )
         return TrainLoader(self._pool(dataset, sampler, training=True), sampler)
 

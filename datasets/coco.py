@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +23,7 @@ from datasets.annotations import (
 )
 from datasets.image_files import absent_files, explain_absence
 from datasets.images import UnreadableImageError, decode_image, read_size
-from datasets.labelled_image import relative_boxes
+from datasets.labelled_image import LabelledImage, relative_boxes
 from datasets.transforms import Transform, apply_transforms
 from datasets.unlabelled import PackedUnlabelled, read_unlabelled
 from ops.annotation_cache import shared
@@ -45,6 +46,8 @@ class SampleKey(NamedTuple):
     """Position in the data set."""
     seed: int
     """Source of everything random about the sample."""
+    progress: float = 0.0
+    """Share of the training that is over before the sample's step."""
 
 
 class Sample(NamedTuple):
@@ -159,32 +162,47 @@ class CocoDataset(CocoDetection):
 
     def __getitem__(self, key: SampleKey) -> LoadedSample:
         skipped: list[tuple[int, str]] = []
+        loaded = self._load_from(key.image_index, skipped)
+        if loaded is None:
+            return LoadedSample(None, tuple(skipped))
+        index, image, boxes, labels, original_size = loaded
+        used = [index]
+
+        def load_another(source: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+            other = self._load_from(source.randrange(len(self)), skipped) or loaded
+            used.append(other[0])
+            return other[1:4]
+
+        result = apply_transforms(self.augmentation, image, boxes, labels, key.seed, key.progress, load_another)
+        sample = self._sample(result, int(self.annotations.image_ids[index]), original_size, key.seed)
+        if self.unlabelled is not None:  # of what one of several images says nothing, nothing is known
+            sample = sample._replace(silent=self.unlabelled.silent[used].any(dim=0))
+        return LoadedSample(sample, tuple(skipped))
+
+    def _load_from(
+        self, start: int, skipped: list[tuple[int, str]]
+    ) -> tuple[int, Tensor, Tensor, Tensor, tuple[int, int]] | None:
+        """The first image from there on that can be read, with its index; None if too many cannot."""
         for attempt in range(min(MAX_REPLACEMENTS, len(self)) if self.training else 1):
-            index = (key.image_index + attempt) % len(self)
-            image_id = int(self.annotations.image_ids[index])
+            index = (start + attempt) % len(self)
             try:
                 image, boxes, labels, original_size = self.load(index)
             except UnreadableImageError as error:
-                skipped.append((image_id, str(error)))
+                skipped.append((int(self.annotations.image_ids[index]), str(error)))
                 continue
-            return LoadedSample(self._augment(index, image, boxes, labels, original_size, key.seed), tuple(skipped))
-        return LoadedSample(None, tuple(skipped))
+            if self.unlabelled is not None:  # regions go through the transforms as boxes with labels below 0
+                regions, of_class = self.unlabelled.regions.targets(index)
+                scale = torch.tensor([image.shape[2] / original_size[1], image.shape[1] / original_size[0]] * 2)
+                boxes, labels = torch.cat((boxes, regions * scale)), torch.cat((labels, -1 - of_class))
+            return index, image, boxes, labels, original_size
+        return None
 
-    def _augment(
-        self, index: int, image: Tensor, boxes: Tensor, labels: Tensor, original_size: tuple[int, int], seed: int
-    ) -> Sample:
-        if self.unlabelled is not None:  # regions go through the transforms as boxes with labels below 0
-            regions, of_class = self.unlabelled.regions.targets(index)
-            scale = torch.tensor([image.shape[2] / original_size[1], image.shape[1] / original_size[0]] * 2)
-            boxes, labels = torch.cat((boxes, regions * scale)), torch.cat((labels, -1 - of_class))
-        result = apply_transforms(self.augmentation, image, boxes, labels, seed)
-        pixels, image_id = result.image.as_subclass(Tensor), int(self.annotations.image_ids[index])
-        if self.unlabelled is None:
-            return Sample(pixels, relative_boxes(result), result.labels, image_id, original_size, seed)
-        targets, ignored = result.keep(result.labels >= 0), result.keep(result.labels < 0)
-        sample = Sample(pixels, relative_boxes(targets), targets.labels, image_id, original_size, seed)
-        regions_left = relative_boxes(ignored), -1 - ignored.labels
-        return sample._replace(regions=regions_left, silent=self.unlabelled.silent[index])
+    def _sample(self, result: LabelledImage, image_id: int, original_size: tuple[int, int], seed: int) -> Sample:
+        pixels, regions = result.image.as_subclass(Tensor), None
+        if self.unlabelled is not None:
+            ignored, result = result.keep(result.labels < 0), result.keep(result.labels >= 0)
+            regions = relative_boxes(ignored), -1 - ignored.labels
+        return Sample(pixels, relative_boxes(result), result.labels, image_id, original_size, seed, regions)
 
 
 @dataclass(frozen=True, kw_only=True)

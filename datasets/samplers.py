@@ -6,7 +6,7 @@ ranks and accumulation steps merely divide it among themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -43,6 +43,7 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         rank: int = 0,
         world_size: int = 1,
         accumulation_steps: int = 1,
+        total_steps: Callable[[int], int] | None = None,
     ) -> None:
         """
         Args:
@@ -52,6 +53,7 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
             rank: of this process.
             world_size: number of processes.
             accumulation_steps: micro-batches of each process in an optimizer step.
+            total_steps: length of the training, given the steps of an epoch; None: samples do not know their progress.
 
         Raises:
             ValueError: the batch cannot be divided, or is larger than the data set.
@@ -70,6 +72,7 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         self.rank, self.world_size, self.accumulation_steps = rank, world_size, accumulation_steps
         self.micro_batch_size = batch_size // parts
         self.steps_per_epoch = length // batch_size
+        self.total_steps = None if total_steps is None else total_steps(self.steps_per_epoch)
         self._position = (0, 0)
 
     def set_position(self, epoch: int, step: int, micro_step: int = 0) -> None:
@@ -90,7 +93,8 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
             part = micro_step * self.world_size + self.rank
             start = step * self.batch_size + part * self.micro_batch_size
             places = range(start, start + self.micro_batch_size)
-            yield [SampleKey(int(order[place]), mix_seed(self.seed, epoch, place)) for place in places]
+            progress = (epoch * self.steps_per_epoch + step) / self.total_steps if self.total_steps else 0.0
+            yield [SampleKey(int(order[place]), mix_seed(self.seed, epoch, place), progress) for place in places]
 
 
 class EvalBatchSampler(Sampler[list[SampleKey]]):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import Literal
 
 from torchvision.transforms.v2 import functional as F
 
+from datasets.augmentation import Augmentation, Occasional, Source
 from datasets.images import MAX_PIXELS
 from datasets.labelled_image import LabelledImage, crop, resize
 
@@ -48,7 +48,7 @@ def check_sides(name: str, sides: tuple[int, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resize:
+class Resize(Augmentation):
     """Resizes to a short side, unless the long one would become too long; keeps the aspect ratio."""
 
     name: Literal["resize"] = "resize"
@@ -59,9 +59,11 @@ class Resize:
     """The most pixels of the longer side; null: as the short side makes it, but for strips."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sides(self.name, (self.short_side, self.max_long_side or 1))
 
-    def __call__(self, sample: LabelledImage, rng: random.Random) -> LabelledImage:
+    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
+        """See the class."""
         return resize(sample, resized_size(sample.size, self.short_side, self.max_long_side))
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -70,7 +72,7 @@ class Resize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResizeExact:
+class ResizeExact(Augmentation):
     """Resizes to one size whatever the aspect ratio was."""
 
     name: Literal["resize_exact"] = "resize_exact"
@@ -81,9 +83,11 @@ class ResizeExact:
     """Pixels."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sides(self.name, (self.height, self.width))
 
-    def __call__(self, sample: LabelledImage, rng: random.Random) -> LabelledImage:
+    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
+        """See the class."""
         return resize(sample, (self.height, self.width))
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -92,7 +96,7 @@ class ResizeExact:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomResize:
+class RandomResize(Augmentation):
     """Resizes to one of several short sides."""
 
     name: Literal["random_resize"] = "random_resize"
@@ -103,15 +107,17 @@ class RandomResize:
     """The most pixels of the longer side."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sides(self.name, self.short_sides)
         check_sides(self.name, (self.max_long_side or 1,))
 
-    def __call__(self, sample: LabelledImage, rng: random.Random) -> LabelledImage:
-        return resize(sample, resized_size(sample.size, rng.choice(self.short_sides), self.max_long_side))
+    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
+        """See the class."""
+        return resize(sample, resized_size(sample.size, source.choice(self.short_sides), self.max_long_side))
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomSizeCrop:
+class RandomSizeCrop(Occasional):
     """Cuts out a window of random size and place; boxes are clipped to it and dropped if nothing is left."""
 
     name: Literal["random_size_crop"] = "random_size_crop"
@@ -124,21 +130,20 @@ class RandomSizeCrop:
     """How often."""
 
     def __post_init__(self) -> None:
-        check_probability(self.name, self.probability)
+        super().__post_init__()
         if not 1 <= self.min_size <= self.max_size:
             raise ValueError(f"{self.name}: need 1 <= min_size <= max_size, got {self.min_size} and {self.max_size}")
 
-    def __call__(self, sample: LabelledImage, rng: random.Random) -> LabelledImage:
-        if rng.random() >= self.probability:
-            return sample
-        height, width = (rng.randint(min(self.min_size, side), min(self.max_size, side)) for side in sample.size)
-        top = rng.randint(0, sample.size[0] - height)
-        left = rng.randint(0, sample.size[1] - width)
+    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
+        """See the class."""
+        height, width = (source.randint(min(self.min_size, side), min(self.max_size, side)) for side in sample.size)
+        top = source.randint(0, sample.size[0] - height)
+        left = source.randint(0, sample.size[1] - width)
         return crop(sample, top, left, height, width)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DETRMultiScale:
+class DETRMultiScale(Augmentation):
     """DETR's augmentation: a random short side, and before it, for half of the images, a random crop.
 
     Source: Carion et al., arXiv 2005.12872, section 4 and appendix A.4. The same sizes are used by Deformable DETR and
@@ -161,43 +166,42 @@ class DETRMultiScale:
     """Most height and width of the crop in pixels."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_probability(self.name, self.crop_probability)
         for sides in (self.short_sides, self.crop_short_sides, (self.max_long_side,)):
             check_sides(self.name, sides)
         RandomSizeCrop(min_size=self.crop_min_size, max_size=self.crop_max_size)
 
-    def __call__(self, sample: LabelledImage, rng: random.Random) -> LabelledImage:
-        if rng.random() < self.crop_probability:
-            sample = RandomResize(short_sides=self.crop_short_sides, max_long_side=None)(sample, rng)
-            sample = RandomSizeCrop(min_size=self.crop_min_size, max_size=self.crop_max_size)(sample, rng)
-        return RandomResize(short_sides=self.short_sides, max_long_side=self.max_long_side)(sample, rng)
+    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
+        """See the class."""
+        if source.random() < self.crop_probability:
+            sample = RandomResize(short_sides=self.crop_short_sides, max_long_side=None)(sample, source)
+            sample = RandomSizeCrop(min_size=self.crop_min_size, max_size=self.crop_max_size)(sample, source)
+        return RandomResize(short_sides=self.short_sides, max_long_side=self.max_long_side)(sample, source)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomZoomOut:
+class RandomZoomOut(Occasional):
     """Puts the image somewhere on a larger grey canvas, which makes objects smaller (SSD, arXiv 1512.02325)."""
 
     name: Literal["random_zoom_out"] = "random_zoom_out"
     """Tag."""
     max_scale: float = 2.0
     """The largest canvas, relative to the image's sides."""
-    probability: float = 0.5
-    """How often."""
     fill: int = 124
     """Grey level of the canvas, 0 to 255."""
 
     def __post_init__(self) -> None:
-        check_probability(self.name, self.probability)
+        super().__post_init__()
         if self.max_scale < 1.0 or not 0 <= self.fill <= 255:
             raise ValueError(f"{self.name}: need max_scale >= 1 and fill in 0..255")
 
-    def __call__(self, sample: LabelledImage, rng: random.Random) -> LabelledImage:
-        if rng.random() >= self.probability:
-            return sample
+    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
+        """See the class."""
         height, width = sample.size
         # A huge picture is not made larger than one that would be decoded.
-        scale = min(rng.uniform(1.0, self.max_scale), max((MAX_PIXELS / (height * width)) ** 0.5, 1.0))
+        scale = min(source.uniform(1.0, self.max_scale), max((MAX_PIXELS / (height * width)) ** 0.5, 1.0))
         extra_y, extra_x = (int(side * (scale - 1.0)) for side in sample.size)
-        top, left = rng.randint(0, extra_y), rng.randint(0, extra_x)
+        top, left = source.randint(0, extra_y), source.randint(0, extra_x)
         padding = [left, top, extra_x - left, extra_y - top]
         return LabelledImage(F.pad(sample.image, padding, fill=self.fill), F.pad(sample.boxes, padding), sample.labels)
