@@ -49,10 +49,9 @@ class Augmentation:
     def __call__(self, sample: LabelledImage, source: Source) -> LabelledImage:
         if self.until < 1.0 and source.progress >= self.until:
             return sample
-        return self.change(sample, source)
+        return self._change(sample, source)
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """The transform itself."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         raise NotImplementedError
 
 

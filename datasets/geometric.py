@@ -31,8 +31,7 @@ class IoUCrop(Augmentation):
         if not self.min_iou or not all(0.0 <= least < 1.0 for least in self.min_iou) or not 0.0 < self.min_scale < 1.0:
             raise ValueError(f"{self.name}: need min_iou of at least one number in [0, 1), and min_scale in (0, 1)")
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         if not len(sample.boxes) or min(sample.size) * self.min_scale < 1.0:
             return sample
         iou_crop = v2.RandomIoUCrop(min_scale=self.min_scale, sampler_options=[*self.min_iou, 1.0])
@@ -61,8 +60,7 @@ class ScaleJitter(Augmentation):
         if not 0.0 < self.min_scale <= self.max_scale:
             raise ValueError(f"{self.name}: need 0 < min_scale <= max_scale, got {self.min_scale} and {self.max_scale}")
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         factor = source.uniform(self.min_scale, self.max_scale) * self.size / max(sample.size)
         height, width = (max(round(side * factor), 1) for side in sample.size)
         fitting = min(height, self.size), min(width, self.size)
@@ -89,8 +87,7 @@ class RandomRotation(Occasional):
         if not 0.0 <= self.degrees <= 45.0 or not 0 <= self.fill <= 255:
             raise ValueError(f"{self.name}: need degrees in 0..45 and fill in 0..255")
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         bilinear = v2.InterpolationMode.BILINEAR
         turn = v2.RandomRotation(self.degrees, interpolation=bilinear, fill=self.fill)
         return drop_lost_boxes(by_torchvision(turn, sample, source))

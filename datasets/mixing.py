@@ -43,8 +43,7 @@ class Mosaic(Occasional):
         if not 0.0 < self.min_scale <= self.max_scale or not 0.0 <= self.min_visible <= 1.0:
             raise ValueError(f"{self.name}: need 0 < min_scale <= max_scale and min_visible in [0, 1]")
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         middle_y, middle_x = (round(source.uniform(0.25, 0.75) * self.size) for _ in range(2))
         canvas, boxes, labels = _canvas(self.size, self.size), [], []
         for quarter in range(4):
@@ -80,8 +79,7 @@ class MixUp(Occasional):
         if self.alpha <= 0.0:
             raise ValueError(f"{self.name}: alpha must be positive, got {self.alpha}")
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         other, weight = source.another(), source.betavariate(self.alpha, self.alpha)
         size = [max(sides) for sides in zip(sample.size, other.size, strict=True)]
         first, second = _canvas(*size), _canvas(*size)
@@ -114,8 +112,7 @@ class CopyPaste(Occasional):
                 f"{self.name}: need max_objects >= 1, 0 < min_scale <= max_scale and min_visible in [0, 1]"
             )
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         other = source.another()
         objects = (other.labels >= 0).nonzero()[:, 0].tolist()  # labels below 0 are regions to ignore
         for place in source.sample(objects, min(source.randint(1, self.max_objects), len(objects))):

@@ -31,12 +31,9 @@ class ColourJitter(Occasional):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not all(0.0 <= value <= 1.0 for value in (self.brightness, self.contrast, self.saturation)):
-            raise ValueError(f"{self.name}: brightness, contrast and saturation must be in [0, 1]")
-        check_hue(self.name, self.hue)
+        _check_colours(self)
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         brightness, contrast, saturation = (
             source.uniform(1.0 - spread, 1.0 + spread) for spread in (self.brightness, self.contrast, self.saturation)
         )
@@ -66,12 +63,9 @@ class PhotometricDistortion(Augmentation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not all(0.0 <= value <= 1.0 for value in (self.brightness, self.contrast, self.saturation)):
-            raise ValueError(f"{self.name}: brightness, contrast and saturation must be in [0, 1]")
-        check_hue(self.name, self.hue)
+        _check_colours(self)
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         factors = [(1.0 - spread, 1.0 + spread) for spread in (self.brightness, self.contrast, self.saturation)]
         distort = v2.RandomPhotometricDistort(*factors, hue=(-self.hue, self.hue), p=self.probability)
         return by_torchvision(distort, sample, source)
@@ -95,12 +89,13 @@ class RandomErasing(Occasional):
         if not 0.0 < self.min_area <= self.max_area < 1.0 or not 0 <= self.fill <= 255:
             raise ValueError(f"{self.name}: need 0 < min_area <= max_area < 1 and fill in 0..255")
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         erase = v2.RandomErasing(p=1.0, scale=(self.min_area, self.max_area), value=self.fill)
         return by_torchvision(lambda image, boxes: (erase(image), boxes), sample, source)
 
 
-def check_hue(name: str, hue: float) -> None:
-    if not 0.0 <= hue <= 0.5:
-        raise ValueError(f"{name}: hue must be in [0, 0.5], got {hue}")
+def _check_colours(config: ColourJitter | PhotometricDistortion) -> None:
+    if not all(0.0 <= value <= 1.0 for value in (config.brightness, config.contrast, config.saturation)):
+        raise ValueError(f"{config.name}: brightness, contrast and saturation must be in [0, 1]")
+    if not 0.0 <= config.hue <= 0.5:
+        raise ValueError(f"{config.name}: hue must be in [0, 0.5], got {config.hue}")

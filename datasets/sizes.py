@@ -62,8 +62,7 @@ class Resize(Augmentation):
         super().__post_init__()
         check_sides(self.name, (self.short_side, self.max_long_side or 1))
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         return resize(sample, resized_size(sample.size, self.short_side, self.max_long_side))
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -86,8 +85,7 @@ class ResizeExact(Augmentation):
         super().__post_init__()
         check_sides(self.name, (self.height, self.width))
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         return resize(sample, (self.height, self.width))
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -111,8 +109,7 @@ class RandomResize(Augmentation):
         check_sides(self.name, self.short_sides)
         check_sides(self.name, (self.max_long_side or 1,))
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         return resize(sample, resized_size(sample.size, source.choice(self.short_sides), self.max_long_side))
 
 
@@ -134,8 +131,7 @@ class RandomSizeCrop(Occasional):
         if not 1 <= self.min_size <= self.max_size:
             raise ValueError(f"{self.name}: need 1 <= min_size <= max_size, got {self.min_size} and {self.max_size}")
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         height, width = (source.randint(min(self.min_size, side), min(self.max_size, side)) for side in sample.size)
         top = source.randint(0, sample.size[0] - height)
         left = source.randint(0, sample.size[1] - width)
@@ -172,8 +168,7 @@ class DETRMultiScale(Augmentation):
             check_sides(self.name, sides)
         RandomSizeCrop(min_size=self.crop_min_size, max_size=self.crop_max_size)
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         if source.random() < self.crop_probability:
             sample = RandomResize(short_sides=self.crop_short_sides, max_long_side=None)(sample, source)
             sample = RandomSizeCrop(min_size=self.crop_min_size, max_size=self.crop_max_size)(sample, source)
@@ -196,8 +191,7 @@ class RandomZoomOut(Occasional):
         if self.max_scale < 1.0 or not 0 <= self.fill <= 255:
             raise ValueError(f"{self.name}: need max_scale >= 1 and fill in 0..255")
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         height, width = sample.size
         # A huge picture is not made larger than one that would be decoded.
         scale = min(source.uniform(1.0, self.max_scale), max((MAX_PIXELS / (height * width)) ** 0.5, 1.0))

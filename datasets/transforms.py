@@ -64,8 +64,7 @@ class RandomFlip(Occasional):
     name: Literal["random_flip"] = "random_flip"
     """Tag."""
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         return LabelledImage(F.horizontal_flip(sample.image), F.horizontal_flip(sample.boxes), sample.labels)
 
 
@@ -76,8 +75,7 @@ class RandomVerticalFlip(Occasional):
     name: Literal["random_vertical_flip"] = "random_vertical_flip"
     """Tag."""
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         return LabelledImage(F.vertical_flip(sample.image), F.vertical_flip(sample.boxes), sample.labels)
 
 
@@ -88,8 +86,7 @@ class RandomTranspose(Occasional):
     name: Literal["random_transpose"] = "random_transpose"
     """Tag."""
 
-    def change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        """See the class."""
+    def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         height, width = sample.size
         boxes = sample.boxes.as_subclass(Tensor)[:, [1, 0, 3, 2]]
         return LabelledImage(
