@@ -210,7 +210,6 @@ class CocoConfig:
     """One split of a data set in COCO format."""
 
     name: Literal["coco"] = "coco"
-    """Kind of data set."""
     images: str
     """Directory of the image files."""
     annotations: str

@@ -20,7 +20,6 @@ class IoUCrop(Augmentation):
     """
 
     name: Literal["iou_crop"] = "iou_crop"
-    """Tag."""
     min_iou: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
     """The choices, each below 1; one further choice is to leave the image as it is."""
     min_scale: float = 0.3
@@ -46,7 +45,6 @@ class ScaleJitter(Augmentation):
     """
 
     name: Literal["scale_jitter"] = "scale_jitter"
-    """Tag."""
     size: int = 1024
     """Pixels of the square's side; at factor 1 the image just fits it."""
     min_scale: float = 0.1
@@ -76,7 +74,6 @@ class RandomRotation(Occasional):
     """
 
     name: Literal["random_rotation"] = "random_rotation"
-    """Tag."""
     degrees: float = 10.0
     """Angles are drawn from ± this."""
     fill: int = 124

@@ -25,7 +25,6 @@ class Mosaic(Occasional):
     """Four images around a random point of a square (YOLOv4, arXiv 2004.10934)."""
 
     name: Literal["mosaic"] = "mosaic"
-    """Tag."""
     size: int = 640
     """Pixels of the square's side."""
     min_scale: float = 0.4
@@ -70,7 +69,6 @@ class MixUp(Occasional):
     """A weighted mean of two images, with the boxes of both (arXiv 1710.09412; for detection, arXiv 1902.04103)."""
 
     name: Literal["mixup"] = "mixup"
-    """Tag."""
     alpha: float = 1.5
     """The weight is drawn from Beta(alpha, alpha)."""
 
@@ -95,7 +93,6 @@ class CopyPaste(Occasional):
     """Pastes the contents of some boxes of another image at random places (after arXiv 2012.07177, without masks)."""
 
     name: Literal["copy_paste"] = "copy_paste"
-    """Tag."""
     max_objects: int = 3
     """The most boxes that are pasted; at least one is, where the other image has any."""
     min_scale: float = 0.5

@@ -17,7 +17,6 @@ class ColourJitter(Occasional):
     """Changes brightness, contrast and saturation by random factors, and hue by a random shift."""
 
     name: Literal["colour_jitter"] = "colour_jitter"
-    """Tag."""
     brightness: float = 0.2
     """Factors are drawn from 1 ± this."""
     contrast: float = 0.2
@@ -49,7 +48,6 @@ class PhotometricDistortion(Augmentation):
     """Changes brightness, contrast, saturation, hue and the order of channels, each or not (SSD, arXiv 1512.02325)."""
 
     name: Literal["photometric_distortion"] = "photometric_distortion"
-    """Tag."""
     brightness: float = 0.125
     """Factors are drawn from 1 ± this."""
     contrast: float = 0.5
@@ -76,7 +74,6 @@ class RandomErasing(Occasional):
     """Paints a random rectangle grey (arXiv 1708.04896); boxes stay, of what is hidden too."""
 
     name: Literal["random_erasing"] = "random_erasing"
-    """Tag."""
     min_area: float = 0.02
     """Least area of the rectangle, as a share of the image's."""
     max_area: float = 0.2

@@ -52,7 +52,6 @@ class Resize(Augmentation):
     """Resizes to a short side, unless the long one would become too long; keeps the aspect ratio."""
 
     name: Literal["resize"] = "resize"
-    """Tag."""
     short_side: int = 800
     """Pixels of the shorter side."""
     max_long_side: int | None = 1333
@@ -75,7 +74,6 @@ class ResizeExact(Augmentation):
     """Resizes to one size whatever the aspect ratio was."""
 
     name: Literal["resize_exact"] = "resize_exact"
-    """Tag."""
     height: int
     """Pixels."""
     width: int
@@ -98,7 +96,6 @@ class RandomResize(Augmentation):
     """Resizes to one of several short sides."""
 
     name: Literal["random_resize"] = "random_resize"
-    """Tag."""
     short_sides: tuple[int, ...]
     """The choices, in pixels."""
     max_long_side: int | None = 1333
@@ -118,7 +115,6 @@ class RandomSizeCrop(Occasional):
     """Cuts out a window of random size and place; boxes are clipped to it and dropped if nothing is left."""
 
     name: Literal["random_size_crop"] = "random_size_crop"
-    """Tag."""
     min_size: int = 384
     """Least height and width in pixels (or the image's, if that is smaller)."""
     max_size: int = 600
@@ -147,7 +143,6 @@ class DETRMultiScale(Augmentation):
     """
 
     name: Literal["detr_multi_scale"] = "detr_multi_scale"
-    """Tag."""
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
     """Choices of the final short side, in pixels."""
     max_long_side: int = 1333
@@ -180,7 +175,6 @@ class RandomZoomOut(Occasional):
     """Puts the image somewhere on a larger grey canvas, which makes objects smaller (SSD, arXiv 1512.02325)."""
 
     name: Literal["random_zoom_out"] = "random_zoom_out"
-    """Tag."""
     max_scale: float = 2.0
     """The largest canvas, relative to the image's sides."""
     fill: int = 124

@@ -62,7 +62,6 @@ class RandomFlip(Occasional):
     """Mirrors left and right."""
 
     name: Literal["random_flip"] = "random_flip"
-    """Tag."""
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         return LabelledImage(F.horizontal_flip(sample.image), F.horizontal_flip(sample.boxes), sample.labels)
@@ -73,7 +72,6 @@ class RandomVerticalFlip(Occasional):
     """Mirrors top and bottom (for pictures without an up, such as those from microscopes)."""
 
     name: Literal["random_vertical_flip"] = "random_vertical_flip"
-    """Tag."""
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         return LabelledImage(F.vertical_flip(sample.image), F.vertical_flip(sample.boxes), sample.labels)
@@ -84,7 +82,6 @@ class RandomTranspose(Occasional):
     """Swaps rows and columns; together with both flips it makes every rotation by 90 degrees."""
 
     name: Literal["random_transpose"] = "random_transpose"
-    """Tag."""
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         height, width = sample.size

@@ -150,7 +150,6 @@ class StepSchedule(_Length):
     """Learning rate multiplied by a factor at milestones."""
 
     name: Literal["step"] = "step"
-    """Picks this schedule."""
     milestones: tuple[float, ...] = (11.0,)
     """Epochs (also fractions of one) after which the learning rate is multiplied by decay."""
     decay: float = 0.1
@@ -181,7 +180,6 @@ class CosineSchedule(_Length):
     """Half a cosine from the end of warm-up to the end of training (arXiv 1608.03983, equation 5)."""
 
     name: Literal["cosine"] = "cosine"
-    """Picks this schedule."""
     final: float = 0.0
     """Factor on the learning rate that the last step approaches."""
 

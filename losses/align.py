@@ -17,6 +17,5 @@ class Align(IABCE):
     """
 
     name: Literal["align"] = "align"  # type: ignore[assignment]
-    """Picks this loss."""
     matched_focal: MatchedFocal = "distance"
     """Focal factor of the matched entries, as for ``ia_bce``."""

@@ -20,7 +20,6 @@ class Focal(ClassificationLoss):
     """
 
     name: Literal["focal"] = "focal"
-    """Picks this loss."""
     alpha: float = 0.25
     """Balance of matched entries against all others, in [0, 1]."""
     gamma: float = 2.0

@@ -33,7 +33,6 @@ class IABCE(ClassificationLoss):
     """
 
     name: Literal["ia_bce"] = "ia_bce"
-    """Picks this loss."""
     alpha: float = 0.25
     """Share of the score in the target, in [0, 1]: 0 makes it all IoU, 1 all score."""
     gamma: float = 2.0

@@ -18,7 +18,6 @@ class MatchabilityAware(ClassificationLoss):
     """
 
     name: Literal["matchability_aware"] = "matchability_aware"
-    """Picks this loss."""
     gamma: float = 1.5
     """Exponent of the IoU in the target and of the modulation of the negatives, at least 0."""
 

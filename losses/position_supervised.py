@@ -22,7 +22,6 @@ class PositionSupervised(ClassificationLoss):
     """
 
     name: Literal["position_supervised"] = "position_supervised"
-    """Picks this loss."""
     alpha: float = 0.25
     """Balance of matched entries against all others, in [0, 1]."""
     beta: float = 2.0

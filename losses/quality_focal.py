@@ -15,7 +15,6 @@ class QualityFocal(ClassificationLoss):
     """Matched entries |t−s|^β·BCE(s, t) with t = w·u, all others s^β·BCE(s, 0)."""
 
     name: Literal["qfl"] = "qfl"
-    """Picks this loss."""
     beta: float = 2.0
     """Focal exponent, at least 0."""
 

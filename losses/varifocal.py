@@ -19,7 +19,6 @@ class Varifocal(ClassificationLoss):
     """
 
     name: Literal["vfl"] = "vfl"
-    """Picks this loss."""
     alpha: float = 0.75
     """Factor of the negatives, at least 0."""
     gamma: float = 2.0
