@@ -12,7 +12,9 @@ FOLDER = Path(__file__).resolve().parent
 def main() -> None:
     """The tool that the first argument names, with the others; without one, the list."""
     names = sorted(
-        path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_") and path.stem != "detector"
+        path.stem
+        for path in FOLDER.glob("*.py")
+        if not path.stem.startswith("_") and path.stem not in ("console", "detector")
     )
     if len(sys.argv) < 2 or sys.argv[1] not in names:
         print(

@@ -38,6 +38,7 @@ from models import Detector
 from ops.boxes import cxcywh_to_xyxy
 from ops.ms_deform_attn import set_default_backend
 from structures import Batch, DetectorOutputs, Looking
+from tools import console
 from tools.detector import load_model
 
 PROGRESS_SECONDS = 20.0
@@ -65,12 +66,7 @@ class Observed(NamedTuple):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.analyze",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = console.parser("analyze", __doc__)
     parser.add_argument("--resume", nargs="+", type=Path, required=True, metavar="CHECKPOINT", help="to analyse")
     parser.add_argument("--labels", nargs="+", help="names of the checkpoints (default: their run directories)")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
@@ -264,13 +260,10 @@ def _draw_sampling(
     draw_sampling(path, labels, rows)
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        run(_parser().parse_args(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {distributed.describe_error(error)}", file=sys.stderr)
-        return 2
+    run(_parser().parse_args(arguments))
     return 0
 
 

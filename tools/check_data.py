@@ -26,7 +26,7 @@ from engine.evaluator import Evaluator
 from engine.lettering import lettered
 from engine.whole_files import replacing
 from ops.boxes import cxcywh_to_xyxy
-from tools.console import print_anything
+from tools import console
 
 COLUMNS, CELL, MARGIN = 4, 300, 4
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
@@ -35,7 +35,7 @@ UNREADABLE = "unreadable image"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.parser("check_data", __doc__)
     parser.add_argument("--cfg", type=Path, help="configuration whose training and validation data are checked")
     parser.add_argument("--images", help="directory of images, instead of --cfg")
     parser.add_argument("--annotations", help="COCO annotation file, instead of --cfg")
@@ -174,27 +174,23 @@ def check_page(path: Path, datasets: dict[str, CocoDataset]) -> None:
             raise ValueError(f"--page {path}: is a picture of the data set; choose another name")
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; 0: usable (whatever was found), 2: training would refuse it."""
-    print_anything()
+    """Run the command; 0: usable (whatever was found), 2: training would refuse it."""
     options = parse_arguments(arguments)
-    try:
-        datasets, refusals = build_datasets(options)
-        check_page(options.page, datasets)
-        for split, dataset in datasets.items():
-            print("\n".join(describe(split, dataset)))
-            findings = dataset.report.lines()
-            if not options.no_decode:
-                report, readable = inspect_images(dataset, options.processes)
-                findings += report.lines()
-                refusals += [] if readable else [f"{split}: not one of its images can be read"]
-            print("\n".join(f"  {line}" for line in findings or ["nothing to complain about"]))
+    datasets, refusals = build_datasets(options)
+    check_page(options.page, datasets)
+    for split, dataset in datasets.items():
+        print("\n".join(describe(split, dataset)))
+        findings = dataset.report.lines()
         if not options.no_decode:
-            draw_page(options.page, datasets, options.samples)
-            print(f"samples: {options.page}")
-    except (ValueError, OSError) as error:
-        print(f"error: {describe_error(error)}", file=sys.stderr)
-        return 2
+            report, readable = inspect_images(dataset, options.processes)
+            findings += report.lines()
+            refusals += [] if readable else [f"{split}: not one of its images can be read"]
+        print("\n".join(f"  {line}" for line in findings or ["nothing to complain about"]))
+    if not options.no_decode:
+        draw_page(options.page, datasets, options.samples)
+        print(f"samples: {options.page}")
     for refusal in refusals:
         print(f"error: {refusal}", file=sys.stderr)
     return 2 if refusals else 0

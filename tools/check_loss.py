@@ -16,11 +16,12 @@ from pathlib import Path
 
 import config
 from losses.conformance import PlainLoss, check, of_criterion
+from tools import console
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; its help is this module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.parser("check_loss", __doc__)
     parser.add_argument("subject", nargs="*", help="MODULE:FUNCTION, or with --cfg overrides")
     parser.add_argument("--cfg", type=Path, help="configuration whose criterion is tested")
     parser.add_argument("--fields", type=json.loads, default={}, help="JSON: arguments of the loss and values to try")
@@ -50,23 +51,20 @@ def find_loss(name: str) -> PlainLoss:
     return loss
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; 0: no faults, 1: faults, 2: there was nothing to test."""
+    """Run the command; 0: no faults, 1: faults, 2: there was nothing to test."""
     options = parse_arguments(arguments)
-    try:
-        if options.cfg is None:
-            name, no_object = options.subject[0], options.no_object
-            loss = find_loss(name)
-        else:
-            criterion = config.load(options.cfg, options.subject).criterion
-            name, no_object = f"{options.cfg} {' '.join(options.subject)}".strip(), criterion.classification.no_object
-            loss = of_criterion(criterion)
-        report = check(loss, name=name, fields=options.fields, num_logits=options.logits, no_object=no_object)
-        if options.json is not None:
-            options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.cfg is None:
+        name, no_object = options.subject[0], options.no_object
+        loss = find_loss(name)
+    else:
+        criterion = config.load(options.cfg, options.subject).criterion
+        name, no_object = f"{options.cfg} {' '.join(options.subject)}".strip(), criterion.classification.no_object
+        loss = of_criterion(criterion)
+    report = check(loss, name=name, fields=options.fields, num_logits=options.logits, no_object=no_object)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     print(report)
     return 1 if report.faults else 0
 

@@ -19,17 +19,13 @@ from experiments import intervals
 from experiments.comparison import Group, collect, find_baseline, group, seed_notes, summarise
 from experiments.curves import draw_learning_curves
 from experiments.tables import Comparison, Row, as_csv, as_latex, as_markdown
+from tools import console
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = console.parser("compare", __doc__)
     parser.add_argument("paths", nargs="+", type=Path, help="sweeps, directories of runs, or runs")
     parser.add_argument("--baseline", help="row to compare with: a variant or key=value[,key=value]")
     parser.add_argument("--at", choices=("last", "best"), default="last", help="which evaluation counts (%(default)s)")
@@ -102,23 +98,20 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = _parser().parse_args(arguments)
-    try:
-        if args.samples < 0 or not 0 < args.confidence < 1:
-            raise ValueError("--samples must not be negative, and --confidence must lie between 0 and 1")
-        comparison, groups = compare(args)
-        out = args.out or args.paths[0]
-        out.mkdir(parents=True, exist_ok=True)
-        forms: dict[str, Any] = {"md": as_markdown, "csv": as_csv, "tex": as_latex}
-        for ending, form in forms.items():
-            (out / f"comparison.{ending}").write_text(form(comparison), encoding="utf-8")
-        shown = [name for name in ("AP", "AP75") if name in comparison.metrics] or comparison.metrics[:1]
-        draw_learning_curves(out / "learning_curves.png", groups, shown)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.samples < 0 or not 0 < args.confidence < 1:
+        raise ValueError("--samples must not be negative, and --confidence must lie between 0 and 1")
+    comparison, groups = compare(args)
+    out = args.out or args.paths[0]
+    out.mkdir(parents=True, exist_ok=True)
+    forms: dict[str, Any] = {"md": as_markdown, "csv": as_csv, "tex": as_latex}
+    for ending, form in forms.items():
+        (out / f"comparison.{ending}").write_text(form(comparison), encoding="utf-8")
+    shown = [name for name in ("AP", "AP75") if name in comparison.metrics] or comparison.metrics[:1]
+    draw_learning_curves(out / "learning_curves.png", groups, shown)
     print(as_markdown(comparison))
     print(f"wrote {out}/comparison.{{md,csv,tex}} and {out}/learning_curves.png")
     return 0

@@ -1,13 +1,44 @@
-"""Output of commands to terminals of every kind."""
+"""What all commands share: the parser of their options, errors in one line, output to terminals of every kind."""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import io
 import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+from engine.distributed import describe_error
+
+P = ParamSpec("P")
 
 
-def print_anything() -> None:
-    """From now on a character that the terminal lacks is printed as an escape, instead of ending the command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Make the parser of ``python -m tools.NAME``, whose help is the module's docstring as it is written."""
+    return argparse.ArgumentParser(
+        prog=f"python -m tools.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def command(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorate what runs a command and returns its exit code: a user's error is one line, and exit code 2.
+
+    A character that the terminal lacks is printed as an escape from then on, instead of ending the command.
+    """
+
+    @functools.wraps(main)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            print(f"error: {describe_error(error)}", file=sys.stderr)
+            return 2
+
+    return guarded

@@ -19,7 +19,7 @@ from typing import Any
 from datasets.annotations import CleaningReport, pack_annotations, read_categories
 from engine.whole_files import replacing
 from ops.coco_file import from_content
-from tools.console import print_anything
+from tools import console
 from tools.label_formats.class_names import read_class_names
 from tools.label_formats.labels import LabelledFile
 from tools.label_formats.voc import read_voc
@@ -70,9 +70,7 @@ def to_coco(files: Sequence[LabelledFile], classes: Sequence[str] | None = None)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.convert_annotations", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = console.parser("convert_annotations", __doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     voc = kinds.add_parser("voc", help="Pascal VOC XML")
     voc.add_argument("labels", type=Path, help="folder of the XML files")
@@ -115,23 +113,19 @@ def _read(options: argparse.Namespace, report: CleaningReport) -> tuple[list[Lab
     return files, given.names
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    print_anything()
+    """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
     report = CleaningReport()
-    try:
-        files, classes = _read(options, report)
-        content = to_coco(files, classes)
-        # What training would say of the result.
-        file = from_content(content, options.out)
-        _, reading = pack_annotations(file, options.out, read_categories(file, options.out))
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(options.out) as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    files, classes = _read(options, report)
+    content = to_coco(files, classes)
+    # What training would say of the result.
+    file = from_content(content, options.out)
+    _, reading = pack_annotations(file, options.out, read_categories(file, options.out))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.out) as temporary:
+        temporary.write_text(json.dumps(content), encoding="utf-8")
     counts = ", ".join(f"{len(content[key])} {key}" for key in ("images", "annotations", "categories"))
     print(f"{counts}: {options.out}")
     for line in report.lines() + reading.lines():

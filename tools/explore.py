@@ -26,9 +26,10 @@ from analysis.detections_file import ImageInfo, annotated_images, detections_by_
 from analysis.matching import ImageDetections
 from datasets import Category, CocoDataset
 from datasets.images import UnreadableImageError
-from engine import checkpoint, distributed
+from engine import checkpoint
 from engine.coco_metrics import read_ground_truth
 from engine.runs.run_directory import DETECTIONS
+from tools import console
 from tools.analyze import PROGRESS_SECONDS, check_labels, check_same_task, load_subject, observe_subject
 
 PAGE = Path(__file__).parent / "explorer"
@@ -61,12 +62,7 @@ class Explored(NamedTuple):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.explore",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = console.parser("explore", __doc__)
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_CHECKPOINT", help="to explore; two to compare")
     parser.add_argument("--labels", nargs="+", help="names of the detectors (default: their run directories)")
     parser.add_argument("--out", type=Path, required=True, help="directory to write: new, or an earlier page")
@@ -201,14 +197,10 @@ def run(args: argparse.Namespace) -> Path:
     return args.out / "index.html"
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    try:
-        page = run(_parser().parse_args(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {distributed.describe_error(error)}", file=sys.stderr)
-        return 2
-    print(f"wrote {page}: open it in a browser")
+    """Run the command and return its exit code."""
+    print(f"wrote {run(_parser().parse_args(arguments))}: open it in a browser")
     return 0
 
 

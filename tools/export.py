@@ -10,7 +10,6 @@ before padding. Outputs, best first: ``scores`` [B, N], ``labels`` [B, N] int64,
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import warnings
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from config import Config
 from models import Detector
 from structures import Images
+from tools import console
 from tools.detector import load_model
 
 Format = Literal["onnx", "torch_export"]
@@ -202,20 +202,17 @@ def deploy(model: Detector, config: Config) -> Deployed:
     return Deployed(model, *config.data.pixel_statistics).eval()
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__.split("\n")[0])
+    """Run the command and return its exit code."""
+    parser = console.parser("export", __doc__)
     parser.add_argument("--resume", type=Path, required=True, help="checkpoint")
     parser.add_argument("--format", choices=("onnx", "torch_export"), default="onnx", help="(%(default)s)")
     parser.add_argument("--out", type=Path, help="file to write (detector.onnx or detector.pt2)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the configuration")
     options = parser.parse_intermixed_args(arguments)
     out = options.out or Path(f"detector.{ENDINGS[options.format]}")
-    try:
-        difference = export(options.resume, options.format, out, options.overrides)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    difference = export(options.resume, options.format, out, options.overrides)
     print(f"wrote {out}; differs from the model by {difference:.1e} at most")
     return 0
 

@@ -9,7 +9,6 @@ ask for goes into the result. Nothing in the file is executed.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from engine import checkpoint
 from engine.whole_files import replacing
 from models import DetectorConfig
 from schema import plain
+from tools import console
 from tools.checkpoint_layouts import Conversion, convert
 from tools.checkpoint_layouts.reading import read, select_weights
 
@@ -145,9 +145,10 @@ def describe(model: DetectorConfig) -> str:
     return ", ".join([model.name, backbone.model, *(f"{key} {plain(value)}" for key, value in own.items())])
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.import_checkpoint", description=__doc__.split("\n")[0])
+    """Run the command and return its exit code."""
+    parser = console.parser("import_checkpoint", __doc__)
     parser.add_argument("checkpoint", type=Path, help="published checkpoint, .pth or .safetensors")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
     parser.add_argument("--entry", help="weights to take where the file has several, such as ema_model")
@@ -156,17 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print every entry that is left out, with the reason")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the inferred configuration")
     options = parser.parse_intermixed_args(arguments)
-    try:
-        categories = None
-        if options.categories is not None:
-            categories = read_categories(read_annotation_file(options.categories), options.categories)
-        conversion, config = import_checkpoint(
-            options.checkpoint, options.entry, categories, options.leave_out, options.overrides
-        )
-        save(options.out, conversion, config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    categories = None
+    if options.categories is not None:
+        categories = read_categories(read_annotation_file(options.categories), options.categories)
+    conversion, config = import_checkpoint(
+        options.checkpoint, options.entry, categories, options.leave_out, options.overrides
+    )
+    save(options.out, conversion, config)
     print("\n".join(report(conversion, config)))
     if options.list:
         print("\n".join(f"{name}: {reason}" for name, reason in conversion.left_out.items()))

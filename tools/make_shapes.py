@@ -9,10 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from datasets.shapes import ShapesConfig, generate
+from tools import console
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = console.parser("make_shapes", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory to write, for example data/shapes")
     parser.add_argument(
         "--processes", type=int, default=None, help="processes that draw (default: one a core, at most 8)"
@@ -24,18 +25,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@console.command
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
     settings = {field.name: getattr(options, field.name) for field in fields(ShapesConfig)}
     start = time.perf_counter()
-    try:
-        config = ShapesConfig(**settings)
-        written = generate(options.out, config, options.processes)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if written:
+    config = ShapesConfig(**settings)
+    if generate(options.out, config, options.processes):
         count = config.train_images + config.val_images
         print(f"wrote {count} images to {options.out} in {time.perf_counter() - start:.1f} s")
     else:

@@ -29,7 +29,7 @@ from engine.pictures import COLOURS
 from engine.whole_files import replacing
 from ops.coco_columns import is_integer, whole_number
 from structures import Detections
-from tools.console import print_anything
+from tools import console
 from tools.detector import Detector, to_pixels
 
 RESULTS = "detections.json"
@@ -227,9 +227,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.predict", description=(__doc__ or "").split("\n")[0])
+    """Run the command and return its exit code."""
+    parser = console.parser("predict", __doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--resume", type=Path, required=True, help="checkpoint")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to (%(default)s)")
@@ -239,13 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--annotations", type=Path, help="COCO file that gives the images their ids, by file name")
     parser.add_argument("--no-pictures", action="store_true", help="write detections.json only")
     parser.add_argument("--set", action="append", default=[], metavar="key.path=value", help="configuration override")
-    print_anything()
-    options = parser.parse_args(arguments)
-    try:
-        return run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

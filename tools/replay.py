@@ -16,10 +16,11 @@ from engine import checkpoint, distributed
 from engine.runs.diagnosis import StepRecord
 from engine.step import Precision, configure_device
 from ops.ms_deform_attn import set_default_backend
+from tools import console
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.replay", description=__doc__)
+    parser = console.parser("replay", __doc__)
     parser.add_argument("dump", type=Path, help="nonfinite_step….pth in the run's output directory")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="instead of the run's own")
@@ -50,12 +51,10 @@ def replay(args: argparse.Namespace) -> int:
     return int(not diagnosis.is_finite)
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        return replay(parse_arguments(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {distributed.describe_error(error)}", file=sys.stderr)
-        return 2
+    """Run the command and return its exit code."""
+    return replay(parse_arguments(arguments))
 
 
 if __name__ == "__main__":

@@ -30,17 +30,13 @@ from experiments.plan import (
 from experiments.runs import read_run
 from experiments.slurm import queue_again, script
 from experiments.sweep_file import Sweep, read_sweep
+from tools import console
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = console.parser("sweep", __doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--cfg", type=Path, help="configuration of which everything is a variation")
     what.add_argument("--sweep", type=Path, help="sweep file (configs/sweeps/*.yaml): configuration, variants and grid")
@@ -114,18 +110,15 @@ def check_directories(plan: Plan, resolved: Mapping[str, Mapping[str, Any]]) -> 
             )
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = _parser().parse_intermixed_args(arguments)
-    try:
-        if min(args.jobs, args.nproc_per_node) < 1:
-            raise ValueError("--jobs and --nproc-per-node must be at least 1")
-        plan, resolved = plan_of(args)
-        check_directories(plan, resolved)
-        return _act(plan, args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if min(args.jobs, args.nproc_per_node) < 1:
+        raise ValueError("--jobs and --nproc-per-node must be at least 1")
+    plan, resolved = plan_of(args)
+    check_directories(plan, resolved)
+    return _act(plan, args)
 
 
 def _act(plan: Plan, args: argparse.Namespace) -> int:
