@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.parts import timm_models
 from models.parts.backbone_weights import names_in_whole, select_weights
 from models.parts.feature_pyramid import SimpleFeaturePyramid
+from models.parts.frozen_norms import fold_all, freeze_norms
 from models.parts.swin import accept_any_size
 from models.parts.timm_models import Channels, Outline, frozen_parameters, layer_numbers, one_line, outline
 
@@ -88,7 +88,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig, load_weights: bool = True) -> None:
         super().__init__()
-        self.channels_last = config.channels_last
+        self.channels_last, self._recomputes = config.channels_last, False
         found = outline(config.model, config.dilation)
         self.size_multiple, self.strides = found.size_multiple, config.strides
         body = _create(config, found, load_weights)
@@ -103,8 +103,10 @@ class Backbone(nn.Module):
             if names[name] in frozen:
                 parameter.requires_grad_(False)
         self._layers = {f"body.{name}": layers[names[name]] for name, _ in body.named_parameters()}
+        self._normed: list[Any] = []
         if config.norm == "frozen":
-            body = freeze_batch_norm_2d(body)
+            least = found.size_multiple * -(-64 // found.size_multiple)
+            body, self._normed = freeze_norms(body, (least, least))
         elif config.norm == "group":
             _batch_to_group_norm(body)
         self.body = body
@@ -119,6 +121,7 @@ class Backbone(nn.Module):
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Recompute activations in the backward pass, where the timm model knows how to."""
+        self._recomputes = enable
         for module in self.body.modules():
             if hasattr(module, "grad_checkpointing"):
                 module.grad_checkpointing = enable
@@ -146,7 +149,15 @@ class Backbone(nn.Module):
             images = F.pad(images, (0, -width % self.size_multiple, 0, -height % self.size_multiple))
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        features = list(self.body(images))
+        # At once, unless parts are recomputed, or exported: there each convolution does it by itself.
+        at_once = not (self._recomputes or torch.compiler.is_compiling())
+        if at_once and self._normed:
+            fold_all(self._normed)
+        try:
+            features = list(self.body(images))
+        finally:
+            for convolution in self._normed:
+                convolution.now = None
         if self.features_come_last and self.output_norms:
             features = [norm(feature) for norm, feature in zip(self.output_norms, features, strict=True)]
         if self.features_come_last:
