@@ -81,11 +81,9 @@ class MultiScaleDetector(Detector):
         """The encoder alone: from maps [B, embed_dim, h, w] on, nothing depends on what lies in the padding."""
         shapes = tuple((level.shape[-2], level.shape[-1]) for level in levels)
         features = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
-        encodings = [
-            self.config.position_encoding(shape, valid_sizes[:, i], self.config.embed_dim) + self.level_embedding[i]
-            for i, shape in enumerate(shapes)
-        ]
-        positions = torch.cat(encodings, dim=1).to(features.dtype)
+        embeddings = [self.level_embedding[i].expand(height * width, -1) for i, (height, width) in enumerate(shapes)]
+        encoded = self.config.position_encoding(shapes, valid_sizes, self.config.embed_dim)
+        positions = (encoded + torch.cat(embeddings)).to(features.dtype)
         return self.encoder(Memory(features, positions, pixel_centres(shapes, valid_sizes), shapes, valid_sizes))
 
     def decoder_layer(self) -> DecoderLayer:

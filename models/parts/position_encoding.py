@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from models.parts.constants import remembered
+from models.parts.memory import grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,30 +30,21 @@ class SinePositionEncoding:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, found {self.temperature}")
 
-    def __call__(self, shape: tuple[int, int], valid_sizes: Tensor, embed_dim: int) -> Tensor:
-        """Encode one feature map.
+    def __call__(self, shapes: Sequence[tuple[int, int]], valid_sizes: Tensor, embed_dim: int) -> Tensor:
+        """Encode the pixels of feature maps.
 
         Args:
-            shape: (height, width) of the padded map.
-            valid_sizes: [B, 2] (height, width) of the unpadded part of each image's map.
+            shapes: (height, width) of the padded maps.
+            valid_sizes: [B, L, 2] (height, width) of the unpadded part of each image's maps.
             embed_dim: channels; half of them encode the row, the others the column.
 
         Returns:
-            [B, height · width, embed_dim] float32.
+            [B, S, embed_dim] float32.
         """
-        height, width = shape
-        rows = self._axis(height, valid_sizes[:, 0], embed_dim // 2)
-        columns = self._axis(width, valid_sizes[:, 1], embed_dim // 2)
-        grid = torch.cat(
-            [rows[:, :, None].expand(-1, -1, width, -1), columns[:, None].expand(-1, height, -1, -1)], dim=-1
-        )
-        return grid.flatten(1, 2)
-
-    def _axis(self, length: int, valid: Tensor, channels: int) -> Tensor:
-        positions = torch.arange(1, length + 1, device=valid.device, dtype=torch.float32)
-        valid = valid.float()[:, None]
-        normalised = (torch.minimum(positions, valid) + self.offset) / (valid + 1e-6)
-        return sine_features(normalised, channels, self.temperature)
+        lines = grid(shapes, valid_sizes.device)
+        valid = valid_sizes.flatten(1).float()[:, lines.axis]
+        places = (torch.minimum(lines.place, valid) + self.offset) / (valid + 1e-6)
+        return sine_features(places, embed_dim // 2, self.temperature)[:, lines.pixel].flatten(2)
 
 
 def sine_features(values: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
@@ -63,9 +58,14 @@ def sine_features(values: Tensor, channels: int, temperature: float = 10000.0) -
     Returns:
         [..., channels] float32: sin, cos, sin, cos, … from the shortest wavelength to the longest.
     """
-    exponents = torch.arange(channels // 2, device=values.device, dtype=torch.float32) * (2 / channels)
-    angles = values.float()[..., None] * (2 * math.pi) / temperature**exponents
+    angles = values.float()[..., None] * (2 * math.pi) / _wavelengths(channels, temperature, values.device)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+@remembered
+def _wavelengths(channels: int, temperature: float, device: torch.device) -> Tensor:
+    exponents = torch.arange(channels // 2, device=device, dtype=torch.float32) * (2 / channels)
+    return temperature**exponents
 
 
 def encode_boxes(boxes: Tensor, channels: int) -> Tensor:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.parts.constants import remembered
 from models.parts.heads import PredictionHeads
-from models.parts.memory import Memory
+from models.parts.memory import Memory, grid
 from models.parts.position_encoding import sine_features
 from structures import Prediction, QueryGroup
 
@@ -81,18 +82,18 @@ class QuerySelection(nn.Module):
         A pixel proposes where it is not padding and its centre is not within a hundredth of the border.
         """
         centres = memory.centres
-        sizes = torch.cat(
-            [
-                torch.full((height * width,), self.proposal_size * 2.0**level, device=centres.device)
-                for level, (height, width) in enumerate(memory.spatial_shapes)
-            ]
-        )
-        boxes = torch.cat([centres, sizes[:, None].expand(centres.shape)], dim=-1)
+        sizes = _proposal_sizes(self.proposal_size, memory.spatial_shapes, centres.device)
+        boxes = torch.cat([centres, sizes.expand(centres.shape)], dim=-1)
         valid = ((boxes > 0.01) & (boxes < 0.99)).all(dim=-1)
         # Pixels that may not propose keep a finite anchor (the published code has infinity), so that nothing
         # downstream can turn into NaN should they ever be selected for want of others.
-        boxes = torch.where(valid[..., None], boxes, 1 - 1e-6)
-        return torch.logit(boxes), valid
+        return torch.logit(boxes.masked_fill(~valid[..., None], 1 - 1e-6)), valid
+
+
+@remembered
+def _proposal_sizes(finest: float, shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """[S, 1] width and height of the anchors of each pixel."""
+    return (finest * 2.0 ** grid(shapes, device).level)[:, None]
 
 
 class PositionFromBoxes(nn.Module):

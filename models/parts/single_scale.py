@@ -53,7 +53,7 @@ class SingleScaleDetector(Detector):
         """The encoder alone: from a map [B, embed_dim, h, w] on, nothing depends on what lies in the padding."""
         (features,) = levels
         shape = (features.shape[-2], features.shape[-1])
-        positions = self.config.position_encoding(shape, valid_sizes[:, 0], self.config.embed_dim).to(features.dtype)
+        positions = self.config.position_encoding((shape,), valid_sizes, self.config.embed_dim).to(features.dtype)
         centres = pixel_centres((shape,), valid_sizes)
         return self.encoder(Memory(features.flatten(2).transpose(1, 2), positions, centres, (shape,), valid_sizes))
 

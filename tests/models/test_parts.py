@@ -30,7 +30,7 @@ def test_valid_sizes_are_those_of_a_nearest_resized_mask(valid, padding, length)
 
 
 def test_position_encoding_by_hand():
-    encoding = SinePositionEncoding(temperature=20.0, offset=-0.5)((3, 4), torch.tensor([[2, 4]]), 8)
+    encoding = SinePositionEncoding(temperature=20.0, offset=-0.5)(((3, 4),), torch.tensor([[[2, 4]]]), 8)
     assert encoding.shape == (1, 12, 8)
     y, x = (1 + 1 - 0.5) / 2 * 2 * math.pi, (3 + 1 - 0.5) / 4 * 2 * math.pi
     second = 20.0 ** (2 / 4)
