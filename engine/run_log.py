@@ -120,7 +120,7 @@ class Progress:
     def __init__(self, total_steps: int, steps_per_epoch: int, device: torch.device) -> None:
         self._total, self._per_epoch, self._device = total_steps, steps_per_epoch, device
         self._memory = "at most" if device.type == "cuda" else "resident"
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[tuple[str, ...], torch.Tensor] = {}
         self._steps = self._measured = self._images = 0
         self._waited = self._seconds = 0.0
 
@@ -128,14 +128,14 @@ class Progress:
         """Add the micro-batches of a step that was not skipped; values stay on the device until the next line."""
         self._measured += 1
         for loss in losses:
-            self._add({"loss": loss.total})
-            self._add({f"terms/{name}": value for name, value in loss.terms.items()})
-            self._add({f"diagnostics/{name}": value / len(losses) for name, value in loss.diagnostics.items()})
+            self._add({"loss": loss.total} | {f"terms/{name}": value for name, value in loss.terms.items()})
+            self._add({f"diagnostics/{name}": value for name, value in loss.diagnostics.items()}, len(losses))
 
-    def _add(self, values: Mapping[str, torch.Tensor]) -> None:
-        for name, value in values.items():
-            known = self._sums.get(name)
-            self._sums[name] = value.detach().float() if known is None else known + value.detach().float()
+    def _add(self, values: Mapping[str, torch.Tensor], divisor: int = 1) -> None:
+        if values:
+            names, stacked = tuple(values), torch.stack([value.detach().float() for value in values.values()])
+            known = self._sums.get(names)
+            self._sums[names] = stacked / divisor if known is None else known + stacked / divisor
 
     def end_step(self, images: int, seconds: float, waited: float) -> None:
         """Count one optimizer step.
@@ -152,10 +152,12 @@ class Progress:
 
     def summarise(self, step: int) -> dict[str, Any]:
         """Means since the last call, over steps and summed over processes; all processes must call it together."""
-        names = list(self._sums)
-        stacked = torch.stack([self._sums[name] for name in names]).tolist() if names else []
+        stacked = torch.cat(list(self._sums.values())).tolist() if self._sums else []
+        totals: dict[str, float] = {}
+        for name, value in zip((name for names in self._sums for name in names), stacked, strict=True):
+            totals[name] = totals.get(name, 0.0) + value
         means: dict[str, float] = {}
-        for part in distributed.gather(dict(zip(names, stacked, strict=True))):
+        for part in distributed.gather(totals):
             for name, value in part.items():
                 means[name] = means.get(name, 0.0) + value / self._measured
         seconds = max(self._seconds, 1e-9)

@@ -155,11 +155,11 @@ class Criterion:
         with torch.autocast(targets.boxes.device.type, enabled=False):
             groups, candidates = self._match(outputs.groups, targets)
             pairs = collect_pairs(list(groups.values()), targets, self.classification.score)
-            rank, weight = self._rank(pairs, len(targets.labels), len(candidates))
+            rank, weight = self._rank(pairs, len(targets.labels), [groups[name] for name in candidates])
             normaliser = _normaliser(num_targets, targets)
             images = len(targets.counts) if num_images is None else num_images
             sums = {
-                "class": self._class_sums(groups, pairs, targets, weight, normaliser, images),
+                "class": self._class_sums(pairs, targets, weight, normaliser, images),
                 **{name: values / normaliser for name, values in self._box_sums(groups, pairs, weight).items()},
             }
             weights = (self.weights.classification, self.weights.bbox, self.weights.giou)
@@ -195,9 +195,9 @@ class Criterion:
         found = {name: groups[name]._replace(matches=matches[name]) for name in layers}
         return found | {name: group for name, group in groups.items() if name not in found}, candidates
 
-    def _rank(self, pairs: Pairs, num_targets: int, num_found: int) -> tuple[Tensor, Tensor | None]:
+    def _rank(self, pairs: Pairs, num_targets: int, found: Sequence[QueryGroup]) -> tuple[Tensor, Tensor | None]:
         """Rank of each pair of the first groups among the candidates of its target; weights of all (None: equal)."""
-        ranked = slice(sum(len(rows) for rows in pairs.rows[:num_found]))
+        ranked = slice(sum(len(matches_of(group).target) for group in found))
         quality = self.classification.quality(pairs.score[ranked], pairs.iou[ranked])
         rank = rank_within(quality, (pairs.layer * num_targets + pairs.target)[ranked])
         if self.prime_sample_tau is None:
@@ -207,7 +207,6 @@ class Criterion:
 
     def _class_sums(
         self,
-        groups: Mapping[str, QueryGroup],
         pairs: Pairs,
         targets: Targets,
         weight: Tensor | None,
@@ -217,22 +216,18 @@ class Criterion:
         """Normalised classification loss of each layer of all groups."""
         sums, divide_by = [], self.classification.normaliser
         unweighted = weight is None or "class" not in self.prime_sample_terms
-        weights = [None] * len(groups) if weight is None or unweighted else pairs.split(weight)
+        weights = [None] * len(pairs.blocks) if weight is None or unweighted else pairs.split(weight)
         of_classes = self._class_weights(targets.boxes)
         ignored = self.unlabelled == "ignored" and targets.unlabelled is not None
-        of_groups = zip(groups.values(), pairs.rows, pairs.labels, pairs.split(pairs.iou), weights, strict=True)
-        for group, rows, labels, iou, own in of_groups:
-            logits, matches = group.prediction.logits, matches_of(group)
-            image = matches.layer * logits.shape[1] + matches.image
-            flat = without_unlabelled(group, targets, rows, labels) if ignored else logits.reshape(-1, logits.shape[-1])
-            losses = self.classification(
-                flat, rows, labels, iou, own, image, None if group.class_agnostic else of_classes
-            ).view(logits.shape[:-1])
-            if group.valid is not None:
-                losses = losses.where(group.valid, 0)
-            losses = losses.sum(-1)
-            losses = (losses if group.image_scale is None else losses * group.image_scale).sum(-1)
-            sums.append(losses / divide_by(num_targets, num_images * logits.shape[2], num_images))
+        for block, iou, own in zip(pairs.blocks, pairs.split(pairs.iou), weights, strict=True):
+            logits = without_unlabelled(block, targets) if ignored else block.logits
+            columns = None if block.class_agnostic else of_classes
+            losses = self.classification(logits, block.rows, block.labels, iou, own, block.images, columns)
+            for group, part in zip(block.groups, block.split(losses), strict=True):
+                part = part if group.valid is None else part.where(group.valid, 0)
+                summed = part.sum(-1)
+                summed = (summed if group.image_scale is None else summed * group.image_scale).sum(-1)
+                sums.append(summed / divide_by(num_targets, num_images * part.shape[-1], num_images))
         return torch.cat(sums) if self.query_groups == 1 else torch.cat(sums) / self.query_groups
 
     def _class_weights(self, like: Tensor) -> Tensor | None:

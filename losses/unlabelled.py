@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from losses.pairs import Block
 from ops.boxes import cxcywh_to_xyxy
 from structures import QueryGroup, Targets
 
@@ -17,17 +18,23 @@ _ABSENT = -1e4
 """A logit whose score, loss and gradient are exactly 0, under a sigmoid as under a softmax, in every floating type."""
 
 
-def without_unlabelled(group: QueryGroup, targets: Targets, rows: Tensor, labels: Tensor) -> Tensor:
-    """Logits [L·B·Q, C] of a group in which the unmatched entries of which nothing is known are absent.
+def without_unlabelled(block: Block, targets: Targets) -> Tensor:
+    """Logits [N, C] of a block in which the unmatched entries of which nothing is known are absent.
+
+    Args:
+        block: groups side by side; matched entries always take part.
+        targets: of the same images, with ``unlabelled``.
+    """
+    absent = torch.cat([_unknown(group, targets).flatten(0, 2) for group in block.groups])
+    absent[block.rows, block.labels] = False
+    return block.logits.masked_fill(absent, _ABSENT)
+
+
+def _unknown(group: QueryGroup, targets: Targets) -> Tensor:
+    """[L, B, Q, C] bool, entries of which nothing is known.
 
     These are the classes that an image says nothing about, and those of an ignored region in queries that lie mostly in
     it: by more than half of their predicted area. A class-agnostic group knows regions only.
-
-    Args:
-        group: the group.
-        targets: of the same images, with ``unlabelled``.
-        rows: [M] int64, rows that are matched.
-        labels: [M] int64, their entries, which always take part.
     """
     logits = group.prediction.logits
     unknown = targets.unlabelled
@@ -51,6 +58,4 @@ def without_unlabelled(group: QueryGroup, targets: Targets, rows: Tensor, labels
             classes = torch.arange(num_classes, device=logits.device)
             of_class = (labels_of[:, None] == classes) | (labels_of[:, None] < 0)
             absent[:, image, :, :num_classes] |= (inside[..., None] & of_class).any(-2)
-    absent = absent.reshape(-1, logits.shape[-1])
-    absent[rows, labels] = False
-    return logits.reshape(absent.shape).masked_fill(absent, _ABSENT)
+    return absent

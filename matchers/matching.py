@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def match_groups(
         NonFinitePredictionError: a prediction of any group is NaN or infinite; names group, layer and image.
     """
     wanted = {name: group for name, group in groups.items() if group.matches is None}
-    costs = [_cost(matchers[name].cost, group, targets) for name, group in wanted.items()]
+    costs = _costs(matchers, wanted, targets)
     checksums, costs_on_host = _to_host([_checksum(group.prediction) for group in groups.values()], costs)
     for name, checksum in zip(groups, checksums, strict=True):
         _require_finite(name, checksum)
@@ -120,6 +121,28 @@ def match(matcher: LayerwiseMatcher, prediction: Prediction, targets: Targets) -
     """
     candidates = matcher.candidates_by_layer({"decoder": prediction.logits.shape[0]})
     return match_groups({"decoder": QueryGroup(prediction)}, {"decoder": matcher}, candidates, targets)["decoder"]
+
+
+def _costs(
+    matchers: Mapping[str, LayerwiseMatcher], wanted: Mapping[str, QueryGroup], targets: Targets
+) -> list[Tensor]:
+    """[L, B, max G, Q] of each group; those that differ in layers alone are computed as one."""
+    alike: dict[Any, list[str]] = {}
+    for name, group in wanted.items():
+        kind = name if group.valid is not None or group.class_agnostic else group.prediction.logits.shape[1:]
+        alike.setdefault((kind, matchers[name].cost), []).append(name)
+    costs: dict[str, Tensor] = {}
+    for (_, cost), names in alike.items():
+        predictions = [wanted[name].prediction for name in names]
+        layers = [len(prediction.logits) for prediction in predictions]
+        joined = predictions[0]
+        if len(names) > 1:
+            joined = Prediction(
+                *(torch.cat([part.detach() for part in parts]) for parts in zip(*predictions, strict=True))
+            )
+        found = _cost(cost, wanted[names[0]]._replace(prediction=joined), targets).split(layers)
+        costs |= dict(zip(names, found, strict=True))
+    return [costs[name] for name in wanted]
 
 
 def _cost(cost: Cost, group: QueryGroup, targets: Targets) -> Tensor:

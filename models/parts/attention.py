@@ -213,6 +213,15 @@ def _attend(module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(-2)
 
 
+def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask, True where a row may look, as numbers to be added to attention logits: once instead of in every layer."""
+    return (
+        None
+        if mask is None
+        else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    )
+
+
 def _pixels_inside(memory: Memory) -> Tensor:
     """[B, 1, 1, S] bool, False where a pixel is padding."""
     return memory.inside[:, None, None]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.parts.heads import PredictionHeads, refine_boxes
+from models.parts.attention import as_bias
+from models.parts.heads import PredictionHeads, predict, refine_boxes
 from models.parts.layers import MLP, Decoder, DecoderLayer
 from models.parts.memory import Memory
 from models.parts.multi_scale import PublishedDetails
@@ -53,19 +54,20 @@ class BoxDecoder(Decoder):
         Returns:
             Logits [L, B, Q, C] and boxes [L, B, Q, 4] of all layers, float32.
         """
-        logits, predicted = [], []
+        contents, references, mask = [], [], as_bias(mask, content.dtype)
         previous = boxes  # with the gradient of the layer before, for look-forward-twice
         for index, head in enumerate(heads):
             content = self.look(index, content, boxes, memory, mask)
-            normalised = self.norm(content)
-            logits.append(head.classify(normalised))
-            predicted.append(refine_boxes(previous, head.regress(normalised), self.published.prediction_eps))
-            # The published models refine with the features before the last normalisation, but predict with those
-            # after it; with weights trained that way it makes a difference.
-            refined = refine_boxes(boxes, head.regress(content))
-            boxes = refined.detach()
-            previous = refined if self.look_forward_twice else boxes
-        return Prediction(torch.stack(logits), torch.stack(predicted))
+            contents.append(content)
+            references.append(previous)
+            if index + 1 < len(heads):
+                # The published models refine with the features before the last normalisation, but predict with those
+                # after it; with weights trained that way it makes a difference.
+                refined = refine_boxes(boxes, head.regress(content))
+                boxes = refined.detach()
+                previous = refined if self.look_forward_twice else boxes
+        logits, changes = predict(heads, self.norm(torch.stack(contents)))
+        return Prediction(logits, refine_boxes(torch.stack(references), changes, self.published.prediction_eps))
 
     def look(self, index: int, content: Tensor, boxes: Tensor, memory: Memory, mask: Tensor | None) -> Tensor:
         """Content [B, Q, embed_dim] of the queries after layer ``index``."""

@@ -6,13 +6,14 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from models.parts.heads import inverse_sigmoid
 from ops.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from structures import Matches, Prediction, QueryGroup, Targets, map_tensors
+from structures import Matches, Prediction, QueryGroup, Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +69,14 @@ class DenoisingQueries(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where the queries of an image go, and what is random about them; padded, those of a batch. On the host."""
+    """Where the queries of an image go; padded, those of a batch. Counted on the host."""
 
-    target: Tensor
-    """[N] index into the targets of the batch."""
-    group: Tensor
-    """[N]."""
-    positive: Tensor
-    """[N] bool."""
-    noise: Tensor
-    """[N, 10] in [0, 1): four magnitudes, four signs, one draw that decides about the label, one that picks it."""
-
-
-_PADDING = (0.0, -1.0, 0.0, 0.5)
-"""Of the fields of a layout."""
+    target: NDArray[np.int64]
+    """[N] index into the targets of the batch; 0 for padding."""
+    group: NDArray[np.int64]
+    """[N]; -1 for padding."""
+    positive: NDArray[np.bool_]
+    """[N]; false for padding."""
 
 
 class DenoisingGenerator(nn.Module):
@@ -112,23 +107,36 @@ class DenoisingGenerator(nn.Module):
         """
         device = targets.boxes.device
         seeds = targets.seeds or torch.randint(2**62, (len(targets.counts),)).tolist()
+        generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
         firsts = itertools.accumulate(targets.counts, initial=0)
-        layouts = [self._layout(*image) for image in zip(targets.counts, firsts, seeds, strict=False)]
-        num_groups = torch.tensor([1.0 + max(layout.group.tolist(), default=0) for layout in layouts])
+        layouts = [self._layout(*image) for image in zip(targets.counts, firsts, generators, strict=False)]
+        longest = max((len(layout.group) for layout in layouts), default=0)
         layout = _Layout(
             *(
-                pad_sequence(list(rows), batch_first=True, padding_value=fill)
-                for rows, fill in zip(zip(*layouts, strict=True), _PADDING, strict=True)
+                np.stack([np.pad(row, (0, longest - len(row)), constant_values=fill) for row in rows])
+                for rows, fill in zip(zip(*layouts, strict=True), (0, -1, 0), strict=True)
             )
         )
-        image, query = layout.positive.nonzero(as_tuple=True)
-        layer = torch.arange(num_layers).repeat_interleave(len(image))
-        repeated = (part.repeat(num_layers) for part in (image, query, layout.target[layout.positive]))
-        matches = map_tensors(Matches(layer, *repeated), lambda tensor: tensor.to(device, non_blocking=True))
-        target, groups, positive, noise = map_tensors(layout, lambda tensor: tensor.to(device, non_blocking=True))
+        # Four magnitudes, four signs, one draw that decides about the label, one that picks it: in [0, 1).
+        noise = torch.full((len(layouts), longest, 10), 0.5)
+        for row, own, generator in zip(noise, layouts, generators, strict=True):
+            torch.rand(len(own.group), 10, generator=generator, out=row[: len(own.group)])
+        image, query = layout.positive.nonzero()
+        layer = np.arange(num_layers).repeat(len(image))
+        repeated = (np.tile(part, num_layers) for part in (image, query, layout.target[layout.positive]))
+        num_groups = 1 + layout.group.max(axis=1, initial=0)
+        # Two copies to the device, of whole numbers and of others.
+        indices = np.concatenate(
+            [part.reshape(-1) for part in (layer, *repeated, layout.target, layout.group, layout.positive, num_groups)]
+        )
+        matched, shape = len(layer), layout.group.shape
+        sizes = [matched] * 4 + [layout.group.size] * 3 + [len(layouts)]
+        *matches, target, group, positive, count = torch.from_numpy(indices).to(device, non_blocking=True).split(sizes)
+        noise = noise.to(device, non_blocking=True)
+        target, positive = target.view(shape), positive.view(shape)
         content = self.embed(self._noised_labels(targets.labels[target], noise[..., 8], noise[..., 9]))
         boxes = self._noised_boxes(targets.boxes[target], positive, noise)
-        return DenoisingQueries(content, boxes, groups, matches, num_groups.to(device, non_blocking=True))
+        return DenoisingQueries(content, boxes, group.view(shape), Matches(*matches), count.float())
 
     def embed(self, labels: Tensor) -> Tensor:
         """Content [..., embed_dim] of labels [...]."""
@@ -138,19 +146,17 @@ class DenoisingGenerator(nn.Module):
         """Number of groups for this many targets, at least one."""
         return max(1, self.config.queries // count)
 
-    def _layout(self, count: int, first: int, seed: int) -> _Layout:
+    def _layout(self, count: int, first: int, generator: torch.Generator) -> _Layout:
         """Groups of each of ``signs`` for ``count`` targets, of those from ``first`` on."""
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        kept, signs = min(count, self.config.max_targets), torch.tensor(self.signs)
-        chosen = torch.arange(count)
+        kept = min(count, self.config.max_targets)
+        chosen = np.arange(count)
         if kept < count:
-            chosen = torch.randperm(count, generator=generator)[:kept].sort().values
+            chosen = np.sort(torch.randperm(count, generator=generator)[:kept].numpy())
         num_groups = self.groups_of(kept) if kept else 0
         return _Layout(
-            target=first + chosen.repeat(len(signs) * num_groups),
-            group=torch.arange(num_groups).repeat_interleave(len(signs) * kept),
-            positive=signs.repeat_interleave(kept).repeat(num_groups),
-            noise=torch.rand(len(signs) * kept * num_groups, 10, generator=generator),
+            target=first + np.tile(chosen, len(self.signs) * num_groups),
+            group=np.repeat(np.arange(num_groups), len(self.signs) * kept),
+            positive=np.tile(np.repeat(self.signs, kept), num_groups),
         )
 
     def _noised_labels(self, labels: Tensor, decision: Tensor, draw: Tensor) -> Tensor:
@@ -160,7 +166,7 @@ class DenoisingGenerator(nn.Module):
     def _noised_boxes(self, boxes: Tensor, positive: Tensor, noise: Tensor) -> Tensor:
         """Shift both corners; negatives by more than positives."""
         size = boxes[..., 2:]
-        magnitude = noise[..., :4] + (~positive)[..., None]
+        magnitude = noise[..., :4] + (1 - positive)[..., None]
         sign = torch.where(noise[..., 4:8] < 0.5, -1.0, 1.0)
         shift = sign * magnitude * (size / 2).repeat(1, 1, 2) * self.config.box_noise
         noised = xyxy_to_cxcywh((cxcywh_to_xyxy(boxes) + shift).clamp(0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,18 @@ class PredictionHeads(PlainHeads):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         nn.init.constant_(last.bias[2:], log_size)
+
+
+def predict(heads: Sequence[PlainHeads], features: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [L, B, Q, C] and changes of boxes [L, B, Q, 4] from features [L, B, Q, embed_dim] and each layer's heads.
+
+    Heads that all layers share are called once.
+    """
+    if all(head is heads[0] for head in heads):
+        return heads[0].classify(features), heads[0].regress(features)
+    layers = list(zip(heads, features.unbind(0), strict=True))
+    logits = torch.stack([head.classify(layer) for head, layer in layers])
+    return logits, torch.stack([head.regress(layer) for head, layer in layers])
 
 
 def inverse_sigmoid(values: Tensor, eps: float) -> Tensor:
