@@ -65,12 +65,12 @@ for part in $parts; do
         run 200 gpu-tuning "$python" -m benchmarks.tune_ms_deform_attn
         ;;
     models)
-        run 35 gpu-inference "$python" -m benchmarks.inference --device cuda --rounds 10 --save "inference-dino-r50-$name"
-        run 35 gpu-inference-bf16 "$python" -m benchmarks.inference --device cuda --rounds 10 --autocast bfloat16 \
-            --save "inference-dino-r50-bf16-$name"
-        run 40 gpu-step "$python" -m benchmarks.inference --device cuda --rounds 5 --cfg configs/align_dino.yaml --train \
-            --batch 2 model.backbone.pretrained=false model.backbone.norm=batch model.backbone.frozen_stages=0 \
-            --autocast bfloat16 --save "step-align-dino-bf16-$name"
+        for dtype in float32 bfloat16; do
+            run 40 "gpu-inference-$dtype" "$python" -m benchmarks.step --infer --size 800 1333 --batch 1 --rounds 10 \
+                --dtype $dtype --backends reference cuda --save "inference-dino-r50-$dtype-$name"
+            run 45 "gpu-step-$dtype" "$python" -m benchmarks.step --cfg configs/align_dino.yaml --rounds 10 \
+                --dtype $dtype --backends reference cuda --save "step-align-dino-$dtype-$name"
+        done
         [ -n "$PUBLIC_STEP" ] && run 40 gpu-public-step sh -c "$PUBLIC_STEP"
         ;;
     *)

@@ -1,0 +1,225 @@
+"""Whole models: operations, host reads, time and memory of a training step or an inference, beside public ones.
+
+    python -m benchmarks.step --cfg configs/dino_r50_12ep.yaml --size 480 640 --batch 2
+    python -m benchmarks.step --cfg configs/deformable_detr_two_stage_r50_50ep.yaml --infer --peer transformers
+    python -m benchmarks.step --cfg configs/quickstart.yaml --size 192 192 --batch 4 --backends reference cpu
+
+All contenders take turns in one run; a time is the best of the rounds, of the processor where --busy says so. Memory is
+the growth of the largest resident size over that of the built model, each contender in a process of its own; on a GPU,
+what was allocated at most. Operations are those that PyTorch dispatches, views left out: on a GPU each is a launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import config
+from benchmarks.ms_deform_attn import RESULTS, machine
+from engine.step import OptimizerStep
+from ops.ms_deform_attn import available_backends, set_default_backend
+from structures import Batch, BatchSize, Images, Targets
+
+TARGETS = 7
+"""In each image, the mean of COCO."""
+Call = Callable[[], object]
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what PyTorch dispatches, views left out, and what makes the host wait for a device."""
+
+    READS = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not (
+            func.is_view or name in ("detach", "lift_fresh", "_unsafe_view") or name.startswith("_record_function")
+        ):
+            self.operations[name] += 1
+        return result
+
+    @property
+    def reads(self) -> int:
+        """How often the host waited."""
+        return sum(count for name, count in self.operations.items() if name in self.READS)
+
+
+def make_batch(size: tuple[int, int], images: int, device: str = "cpu") -> Batch:
+    """Random images, the second and all further ones smaller than the first, with random targets."""
+    torch.manual_seed(0)
+    height, width = size
+    sizes = torch.tensor([size] + [(height * 15 // 16, width * 7 // 8)] * (images - 1))
+    boxes = torch.rand(TARGETS * images, 4) * 0.2 + 0.3
+    targets = Targets(torch.arange(TARGETS * images) % 5, boxes, (TARGETS,) * images, tuple(range(images)))
+    return Batch(Images(torch.randn(images, 3, *size), sizes), targets, torch.arange(images), sizes).to(device)
+
+
+def ours(cfg: config.Config, batch: Batch, infer: bool, dtype: str) -> Call:
+    """A step of this project: forward, matching, losses, backward, clipping and update."""
+    device = batch.images.pixels.device
+    torch.manual_seed(0)
+    model = cfg.model.build(91, load_backbone=False).to(device)
+    if infer:
+        model.eval()
+        enabled = dtype != "float32"
+
+        @torch.inference_mode()
+        def call() -> object:
+            with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+                return model(batch.images)
+
+        return call
+    step = OptimizerStep(
+        model,
+        cfg.criterion.for_classes([1] * 91),
+        cfg.optimizer.build(model),
+        device=device,
+        precision="fp32" if dtype == "float32" else "bf16",
+        clip_norm=cfg.optimizer.clip_norm,
+    )
+    size = BatchSize(len(batch.targets.labels), len(batch.targets.counts))
+
+    def train() -> object:
+        norm, _ = step.backward([batch], size)
+        step.update()
+        return float(norm)
+
+    return train
+
+
+def transformers(cfg: config.Config, batch: Batch, infer: bool, dtype: str) -> Call:
+    """A step of transformers' two-stage Deformable DETR with ResNet-50, published sizes, its own loss and matcher."""
+    library: Any = importlib.import_module("transformers")
+    published = library.DeformableDetrConfig(
+        use_pretrained_backbone=False,
+        use_timm_backbone=False,
+        backbone=None,
+        backbone_config=library.ResNetConfig(out_features=["stage2", "stage3", "stage4"]),
+        two_stage=True,
+        with_box_refine=True,
+        num_labels=91,
+        num_queries=300,
+    )
+    device = batch.images.pixels.device
+    model = library.DeformableDetrForObjectDetection(published).to(device).train(not infer)
+    rows, columns = (torch.arange(n, device=device) for n in batch.images.pixels.shape[-2:])
+    height, width = batch.images.sizes[:, :1], batch.images.sizes[:, 1:]
+    mask = (rows < height)[:, :, None] & (columns < width)[:, None]
+    labels = [
+        {"class_labels": classes, "boxes": boxes}
+        for classes, boxes in zip(
+            batch.targets.labels.split(batch.targets.counts),
+            batch.targets.boxes.split(batch.targets.counts),
+            strict=True,
+        )
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
+
+    def call() -> object:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype != "float32"), torch.set_grad_enabled(not infer):
+            outputs = model(batch.images.pixels, mask.long(), labels=None if infer else labels)
+        if infer:
+            return outputs
+        optimizer.zero_grad()
+        outputs.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        return float(norm)
+
+    return call
+
+
+def make(name: str, arguments: argparse.Namespace) -> Call:
+    """The call of a contender: a backend of the project's, transformers, or module:function with the same arguments."""
+    cfg = config.load(arguments.cfg, arguments.overrides)
+    batch = make_batch(tuple(arguments.size), arguments.batch, arguments.device)
+    if name in available_backends():
+        set_default_backend(name)
+        return ours(cfg, batch, arguments.infer, arguments.dtype)
+    module, _, function = name.partition(":")
+    made = getattr(importlib.import_module(module), function) if function else transformers
+    return made(cfg, batch, arguments.infer, arguments.dtype)
+
+
+def peak_mib(name: str, arguments: argparse.Namespace) -> float:
+    """Memory that two calls need beyond the built model."""
+    call = make(name, arguments)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if arguments.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    call()
+    call()
+    if arguments.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", default="configs/dino_r50_12ep.yaml", help="YAML file (default %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the YAML file")
+    parser.add_argument("--infer", action="store_true", help="inference instead of a training step")
+    parser.add_argument("--size", type=int, nargs=2, default=[480, 640], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: mixed precision")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backends", nargs="+", help="of the op (default: that of the device)")
+    parser.add_argument(
+        "--peer", nargs="+", default=[], help="transformers, or module:function(cfg, batch, infer, dtype)"
+    )
+    parser.add_argument("--busy", action="store_true", help="processor time instead of time, for a machine in use")
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    arguments = parser.parse_args()
+    names = [*(arguments.backends or [arguments.device]), *arguments.peer]
+    rows: dict[str, dict[str, Any]] = {}
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for name in names:
+            rows[name] = {"memory_mib": pool.apply(peak_mib, (name, arguments)), "seconds": float("inf")}
+    calls = {name: make(name, arguments) for name in names}
+    clock = time.process_time if arguments.busy else time.perf_counter
+    for _ in range(arguments.rounds + 1):
+        for name, call in calls.items():
+            if name in available_backends():
+                set_default_backend(name)
+            began = clock()
+            call()
+            if arguments.device == "cuda":
+                torch.cuda.synchronize()
+            taken = clock() - began
+            if "operations" not in rows[name]:  # the first call warms up, the second is counted, others are timed
+                with Dispatched() as seen:
+                    call()
+                rows[name] |= {"operations": seen.operations.total(), "reads": seen.reads}
+            else:
+                rows[name]["seconds"] = min(rows[name]["seconds"], taken)
+    first = rows[names[-1]]["seconds"]
+    print(f"{'':24} operations  reads   seconds  of the last   memory beyond the model")
+    for name, row in rows.items():
+        print(
+            f"{name:24} {row['operations']:10d} {row['reads']:6d} {row['seconds']:9.3f} {first / row['seconds']:11.2f}x"
+            f" {row['memory_mib']:15.0f} MiB"
+        )
+    if arguments.save:
+        result = {**machine(arguments.device), "arguments": vars(arguments), "rows": rows}
+        (RESULTS / f"{arguments.save}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
