@@ -39,7 +39,16 @@ def test_the_dry_run_has_all_parts_in_order_and_in_time(tmp_path: Path) -> None:
     done = run_script("python", DRY_RUN="1", PEER="peers:public", PUBLIC_STEP="python step.py", RESULTS=str(tmp_path))
     assert done.returncode == 0, done.stderr
     found = commands(done.stdout)
-    order = ["pytest", "memcheck", "racecheck", "benchmarks.ms_deform_attn", "ncu", "tune", "inference", "step.py"]
+    order = [
+        "pytest",
+        "memcheck",
+        "racecheck",
+        "benchmarks.ms_deform_attn",
+        "ncu",
+        "tune",
+        "benchmarks.step",
+        "step.py",
+    ]
     places = [next(i for i, (_, command) in enumerate(found) if word in command) for word in order]
     assert places == sorted(places)
     assert sum(limit for limit, _ in found) <= 14 * 60
@@ -72,5 +81,12 @@ def test_a_part_that_fails_keeps_no_other_from_running(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "failed: gpu-tests" in done.stdout
     kept = {path.name.split("-nvidia")[0].split("-ran")[0] for path in results.iterdir()}
-    assert kept == {"gpu-tests", "gpu-benchmark", "gpu-inference", "gpu-inference-bf16", "gpu-step"}
+    assert kept == {
+        "gpu-tests",
+        "gpu-benchmark",
+        "gpu-inference-float32",
+        "gpu-inference-bfloat16",
+        "gpu-step-float32",
+        "gpu-step-bfloat16",
+    }
     assert "no such part: all" in run_script("python", "all", DRY_RUN="1", RESULTS=str(results)).stderr
