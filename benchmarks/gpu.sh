@@ -66,9 +66,9 @@ for part in $parts; do
         ;;
     models)
         for dtype in float32 bfloat16; do
-            run 30 "gpu-inference-$dtype" "$python" -m benchmarks.step --infer --size 800 1333 --batch 1 --rounds 10 \
+            run 25 "gpu-inference-$dtype" "$python" -m benchmarks.step --infer --size 800 1333 --batch 1 --rounds 10 \
                 --dtype $dtype --backends reference cuda --save "inference-dino-r50-$dtype-$name"
-            run 40 "gpu-step-$dtype" "$python" -m benchmarks.step --cfg configs/align_dino.yaml --rounds 10 \
+            run 30 "gpu-step-$dtype" "$python" -m benchmarks.step --cfg configs/align_dino.yaml --rounds 10 \
                 --dtype $dtype --backends reference cuda --save "step-align-dino-$dtype-$name"
         done
         [ -n "$PUBLIC_STEP" ] && run 40 gpu-public-step sh -c "$PUBLIC_STEP"
