@@ -20,11 +20,12 @@ from engine.coco_metrics import choose_backend
 from engine.evaluator import Evaluator
 from engine.runs import session
 from engine.runs.environment import describe_environment
-from engine.runs.run_directory import DETECTIONS, PREDICTIONS, record_start
+from engine.runs.run_directory import DETECTIONS, PREDICTIONS, RunDirectory, record_start
 from engine.runs.transfer import initialise_from
 from engine.step import OptimizerStep, configure_device
 from engine.trainer import Trainer, summarise_metrics
 from engine.validation import Validation
+from models import Detector
 from ops.ms_deform_attn import describe_backend, set_default_backend
 
 log = logging.getLogger(__name__)
@@ -61,39 +62,48 @@ def read_inputs(args: argparse.Namespace) -> tuple[Config, checkpoint.Loaded | N
 
 def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | None, device: torch.device) -> None:
     """Claim the output directory, build what the configuration names, and train."""
+    directory, loaded = session.open_run(Path(cfg.output_dir), args.resume, explicit)
+    run_log.configure(Path(cfg.output_dir))
+    prepare(cfg, device, directory, loaded, args.init_from).fit()
+
+
+def prepare(
+    cfg: Config,
+    device: torch.device,
+    directory: RunDirectory | None,
+    loaded: checkpoint.Loaded | None,
+    init_from: Path | None = None,
+) -> Trainer:
+    """Build what a configuration names, ready to train.
+
+    Args:
+        cfg: of the run.
+        device: of this process.
+        directory: the hold on the output directory, which then notes configuration and environment; None where another
+            process has it, or none.
+        loaded: checkpoint to go on from.
+        init_from: file whose weights a new run starts with.
+    """
     output_dir = Path(cfg.output_dir)
-    directory, loaded = session.open_run(output_dir, args.resume, explicit)
-    run_log.configure(output_dir)
     environment = describe_environment(cfg.seed, device)
     with distributed.agreed_errors():  # nothing in here may depend on other processes
         set_default_backend(cfg.op_backend)
         environment |= {"op_backend": describe_backend(device), "metric_backend": choose_backend("auto")}
-        cfg.model.backbone.check(load_weights=loaded is None and args.init_from is None)
+        cfg.model.backbone.check(load_weights=loaded is None and init_from is None)
         train_set, val_set = cfg.data.build_datasets(unlabelled=cfg.criterion.unlabelled == "ignored")
         for title, dataset in (("training", train_set), ("validation", val_set)):
             for line in dataset.report.lines():
                 log.info("%s annotations: %s", title, line)
+        rank, world_size, accumulation = distributed.rank(), distributed.world_size(), cfg.trainer.accumulation_steps
         loader = cfg.data.build_train_loader(
-            train_set,
-            seed=cfg.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            accumulation_steps=cfg.trainer.accumulation_steps,
-            total_steps=cfg.schedule.total_steps,
+            train_set, seed=cfg.seed, rank=rank, world_size=world_size, accumulation_steps=accumulation
         )
         categories = [list(category) for category in train_set.categories]
         counts = torch.bincount(train_set.annotations.labels, minlength=len(categories)).tolist()
         cfg = dataclasses.replace(cfg, criterion=cfg.criterion.for_classes(counts))
         validation = build_validation(cfg, val_set, device, output_dir)
-        torch.manual_seed(cfg.seed)
-        model = cfg.model.build(len(categories), load_backbone=loaded is None and args.init_from is None)
-        if loaded is None and args.init_from is not None:
-            transfer = initialise_from(
-                model, args.init_from, categories, by_class=model.class_parts, required=model.pretrained_part
-            )
-            for line in transfer.report():
-                log.info("%s: %s", args.init_from, line)
-        optimizer = cfg.optimizer.build(model.to(device))
+        model = build_model(cfg, categories, loaded, init_from).to(device)
+        optimizer = cfg.optimizer.build(model)
     step = OptimizerStep(
         model,
         cfg.criterion,
@@ -126,7 +136,22 @@ def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | N
             record_start(output_dir, configuration.dump(cfg), environment)
     for line in run_log.banner(trainer, (len(train_set), len(val_set)), describe_backend(device)):
         log.info(line)
-    trainer.fit()
+    return trainer
+
+
+def build_model(
+    cfg: Config, categories: Sequence[Sequence[Any]], loaded: checkpoint.Loaded | None, init_from: Path | None
+) -> Detector:
+    """The detector of a run, with the weights that a new one starts from; the trainer loads those of ``loaded``."""
+    torch.manual_seed(cfg.seed)
+    model = cfg.model.build(len(categories), load_backbone=loaded is None and init_from is None)
+    if loaded is None and init_from is not None:
+        transfer = initialise_from(
+            model, init_from, categories, by_class=model.class_parts, required=model.pretrained_part
+        )
+        for line in transfer.report():
+            log.info("%s: %s", init_from, line)
+    return model
 
 
 def evaluate(cfg: Config, loaded: checkpoint.Loaded, device: torch.device) -> None:

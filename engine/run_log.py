@@ -64,7 +64,7 @@ class Records:
             return
         line = {"kind": kind, "step": step, **record}
         try:
-            self._file.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
+            self._file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, f"cannot write records: {error.strerror}", self._file.name) from error
@@ -93,12 +93,12 @@ class Records:
                 self._board.close()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with NaN and infinity, which JSON does not know, as null."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,13 @@ class Trainer:
         self.loader, self.evaluate, self.directory = loader, evaluate, directory
         self.batch_size, self.seed, self.identity = batch_size, seed, dict(identity)
         self.steps_per_epoch = loader.steps_per_epoch
-        self.total_steps = schedule.total_steps(self.steps_per_epoch)
+        self.total_steps = min(schedule.total_steps(self.steps_per_epoch), config.stop_after or sys.maxsize)
         self.average = AveragedWeights(step.module, config.ema_decay) if config.ema_decay is not None else None
         self.step = 0
         self.evaluated_step = 0
         self.best: dict[str, Any] | None = None
         self.metrics: dict[str, Any] = {}
+        self.record: dict[str, Any] = {}
         self._going_back = False
         self.faults = NonFiniteSteps(directory, self.identity, seed, config.max_nonfinite_steps)
 
@@ -154,6 +156,16 @@ class Trainer:
             DivergedError: when losses or gradients were not finite too often.
             ValueError: for what a user can mend, such as a full disk.
         """
+        with StopRequest() as stop:
+            for _ in self.steps(stop):
+                pass
+        return self.metrics
+
+    def steps(self, stop: StopRequest) -> Iterator[tuple[list[Batch], BatchSize]]:
+        """Train like :meth:`fit`, but let the caller look on: yields before each step what it is going to be taken on.
+
+        When it goes on, ``record`` is what was last logged, and the parameters hold the gradients of the step taken.
+        """
         records = None
         if self._going_back:
             # Otherwise a restart would take the later checkpoint, of a course that this run leaves.
@@ -162,14 +174,12 @@ class Trainer:
             forget_after(self.directory, self.step, evaluated=self.evaluated_step == self.step)
             records = Records(self.directory, self.step)
         try:
-            with StopRequest() as stop:
-                self._run(stop, records)
+            yield from self._run(stop, records)
         finally:
             if records is not None:
                 records.close()
-        return self.metrics
 
-    def _run(self, stop: StopRequest, records: Records | None) -> None:
+    def _run(self, stop: StopRequest, records: Records | None) -> Iterator[tuple[list[Batch], BatchSize]]:
         progress = Progress(self.total_steps, self.steps_per_epoch, self.optimizer_step.device)
         if self.step >= self.total_steps:
             log.info("step %d of %d: nothing is left to train", self.step, self.total_steps)
@@ -182,7 +192,11 @@ class Trainer:
             batches = stop.wait_for(stream) or []
             waited = time.perf_counter() - began
             num_targets = self._agree(stop, sum(sum(batch.targets.counts) for batch in batches))
-            norm = self._train_step(batches, BatchSize(max(1, num_targets), self.batch_size), progress)
+            size = BatchSize(max(1, num_targets), self.batch_size)
+            paused = time.perf_counter()
+            yield batches, size
+            began += time.perf_counter() - paused
+            norm = self._train_step(batches, size, progress)
             progress.end_step(self.batch_size, time.perf_counter() - began, waited)
             self.step += 1
             if self.step % TRIM_EVERY == 0:
@@ -230,7 +244,7 @@ class Trainer:
         return norm
 
     def _record(self, progress: Progress, norm: float, records: Records | None) -> None:
-        record = progress.summarise(self.step)
+        self.record = record = progress.summarise(self.step)
         record["grad_norm"] = norm
         groups = self.optimizer_step.optimizer.param_groups
         record["lr"] = max(group["lr"] for group in groups)

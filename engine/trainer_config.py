@@ -34,6 +34,8 @@ class TrainerConfig:
     """Epochs between evaluations; null for none but the last, unless eval_every_steps is set."""
     eval_every_steps: int | None = None
     """Optimizer steps between evaluations, in place of eval_every_epochs."""
+    stop_after: int | None = None
+    """Optimizer steps after which to end, with an evaluation, though the schedule is longer; null for all of it."""
     max_nonfinite_steps: int = 0
     """Steps with a non-finite loss or gradient to skip before stopping."""
     collective_timeout: float = 1800.0
@@ -45,6 +47,8 @@ class TrainerConfig:
             raise ValueError("accumulation_steps, log_every and checkpoint_every must be at least 1")
         if any(every is not None and every < 1 for every in (self.eval_every_epochs, self.eval_every_steps)):
             raise ValueError("eval_every_epochs and eval_every_steps must be at least 1, or null")
+        if self.stop_after is not None and self.stop_after < 1:
+            raise ValueError(f"stop_after must be at least 1, or null, found {self.stop_after}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(
                 f"ema_decay must lie between 0 and 1 (null switches averaging off), found {self.ema_decay}"

@@ -74,8 +74,10 @@ def is_running(directory: Path) -> bool:
 
 
 def is_finished(config: Mapping[str, Any], train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> bool:
-    """Tell whether the last step of the configured schedule is logged and has been evaluated."""
+    """Tell whether the last step that the configuration asks for is logged and has been evaluated."""
     schedule = config.get("schedule") or {}
+    if train and train[-1]["step"] == (config.get("trainer") or {}).get("stop_after"):
+        return bool(evals) and evals[-1]["step"] == train[-1]["step"]
     unit, length = ("epoch", schedule.get("epochs")) if schedule.get("steps") is None else ("step", schedule["steps"])
     if length is None or not train or not evals:
         return False

@@ -153,7 +153,7 @@ class Criterion:
             ValueError: the matcher lists candidates for another number of layers.
         """
         with torch.autocast(targets.boxes.device.type, enabled=False):
-            groups, candidates = self._match(outputs.groups, targets)
+            groups, candidates = self.match(outputs.groups, targets)
             pairs = collect_pairs(list(groups.values()), targets, self.classification.score)
             rank, weight = self._rank(pairs, len(targets.labels), [groups[name] for name in candidates])
             normaliser = _normaliser(num_targets, targets)
@@ -184,7 +184,7 @@ class Criterion:
             found |= matcher.candidates_by_layer({name: layers[name]})
         return {name: own.get(name, self.matcher) for name in layers}, {name: found[name] for name in layers}
 
-    def _match(
+    def match(
         self, groups: Mapping[str, QueryGroup], targets: Targets
     ) -> tuple[dict[str, QueryGroup], dict[str, tuple[int, ...]]]:
         """All groups with their matches, those whose matches were found here first, and the latter's candidates."""
