@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _decode(cfg: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def decode(cfg: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved configuration of a file with overrides."""
     return config.to_dict(config.load(cfg, overrides))
 
 
@@ -84,9 +85,9 @@ def plan_of(args: argparse.Namespace) -> tuple[Plan, dict[str, dict[str, Any]]]:
         assert existing is not None
         plan = existing
     else:
-        plan = make_plan(sweep, args.out, _decode)
-        plan = plan if existing is None else extend(existing, plan, _decode)
-    resolved = resolve_all(plan, _decode)
+        plan = make_plan(sweep, args.out, decode)
+        plan = plan if existing is None else extend(existing, plan, decode)
+    resolved = resolve_all(plan, decode)
     if args.baseline is not None:
         plan = plan._replace(baseline=args.baseline or None)
     if args.baseline is not None or sweep is not None:

@@ -1,0 +1,165 @@
+"""Branches a run: from one exact step on, one branch for each value of a setting, on common random numbers.
+
+python -m tools.fork RUN_OR_CHECKPOINT --at STEP --swap criterion.classification=focal,vfl --steps N --out forks/NAME
+goes on from the nearest checkpoint at or before STEP, then trains the branches side by side: same data, same noise,
+same dropout, so that they differ in nothing but the setting. The branch with nothing swapped is the original run, to
+the bit. Writes a run directory for each branch (python -m tools.compare compares them), fork.jsonl and fork.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import config as configuration
+from config import Config
+from engine import checkpoint, distributed
+from engine.records import read_records
+from engine.runs import session
+from engine.runs.run_directory import LOG, RunDirectory
+from engine.step import configure_device
+from experiments.fork import FIGURE, RECORDS, Branch, append, choose_checkpoint, go_on, results, side_by_side, table
+from experiments.fork_figure import draw_fork
+from experiments.grid import combinations, parse_grid
+from experiments.intervals import Intervals
+from experiments.plan import Plan, PlannedRun, make_plan, without_machine, write_manifest
+from experiments.sweep_file import Sweep
+from main import prepare
+from tools import console
+from tools.sweep import decode
+
+TRUNK = ".fork"
+"""Below --out: the run that leads to the fork, where no checkpoint lies there."""
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; its help is this module's docstring."""
+    parser = console.parser("fork", __doc__)
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory, or a checkpoint")
+    parser.add_argument("--at", type=int, metavar="STEP", help="steps before the fork (default: at the checkpoint)")
+    parser.add_argument("--swap", nargs="+", required=True, metavar="KEY=VALUES", help="a branch each: a,b,{name: c}")
+    parser.add_argument("--steps", type=int, required=True, help="of each branch")
+    parser.add_argument("--out", type=Path, required=True, help="new directory")
+    parser.add_argument(
+        "--match-norms",
+        action="store_true",
+        help="scale weights so that gradients are as large as the baseline's there",
+    )
+    parser.add_argument("--parts-every", type=int, default=10, metavar="N", help="steps between shares (%(default)s)")
+    parser.add_argument("--samples", type=int, default=1000, help="of the bootstrap over images (%(default)s)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="laid over all branches")
+    return parser.parse_args(arguments)
+
+
+def plan_branches(args: argparse.Namespace, base: Config) -> Plan:
+    """Plan a branch for each combination of values, and the original as the baseline unless one of them is the same."""
+    file = args.out / "fork.yaml"
+    file.write_text(configuration.dump(base), encoding="utf-8")
+    variants: dict[str, dict[str, str]] = {}
+    baseline, original = "original", without_machine(configuration.to_dict(base))
+    for chosen in combinations(parse_grid(args.swap)):
+        name = next(iter(chosen.values())) if len(chosen) == 1 else ",".join(f"{k}={v}" for k, v in chosen.items())
+        variants[name] = chosen
+        if without_machine(decode(file, [f"{key}={value}" for key, value in chosen.items()])) == original:
+            baseline = name
+    if baseline not in variants:
+        variants = {baseline: {}, **variants}
+    return make_plan(Sweep(cfg=file, baseline=baseline, variants=variants), args.out, decode)
+
+
+def build(plan: Plan, run: PlannedRun, fork_point: Path, device: torch.device, *, record: bool = True) -> Branch:
+    """A branch at the fork; one that is not recorded has no directory of its own."""
+    out = plan.directory(run) if record else plan.out / TRUNK
+    cfg = configuration.load(plan.cfg, [*run.overrides, f"output_dir={out}"])
+    # Each reads the file anew: an optimizer may keep the very tensors that it is given.
+    directory = RunDirectory(out, resuming=False) if record else None
+    return Branch(prepare(cfg, device, directory, checkpoint.load(fork_point)), cfg.criterion.match)
+
+
+def matched(plan: Plan, fork_point: Path, device: torch.device) -> Plan:
+    """The plan with weights at which class and box terms of every branch are as hot at the fork as the baseline's."""
+    heat = {run.variant: build(plan, run, fork_point, device, record=False).heat() for run in plan.runs}
+    runs = []
+    for run in plan.runs:
+        pairs = zip(heat[plan.baseline].values(), heat[run.variant].values(), strict=True)
+        classes, boxes = (wanted / own if own else 1.0 for wanted, own in pairs)
+        weights = configuration.load(plan.cfg, run.overrides).criterion.weights
+        scaled = {name: getattr(weights, name) * boxes for name in ("bbox", "giou")}
+        scaled["classification"] = weights.classification * classes
+        extra = [
+            f"criterion.weights.{name}={value!r}" for name, value in scaled.items() if run.variant != plan.baseline
+        ]
+        runs.append(run._replace(overrides=(*run.overrides, *extra)))
+    return plan._replace(runs=tuple(runs))
+
+
+def fork(args: argparse.Namespace) -> None:
+    """Find the checkpoint, go on from it to the fork, train the branches and compare them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("tools.fork trains its branches in one process: start it with python, not with torchrun")
+    if min(args.steps, args.parts_every) < 1 or args.samples < 0:
+        raise ValueError("--steps and --parts-every must be at least 1, and --samples must not be negative")
+    loaded = choose_checkpoint(args.source, args.at)
+    position = loaded.state["position"]
+    at = position["step"] if args.at is None else args.at
+    settings = [*args.set, "trainer.log_every=1", f"trainer.stop_after={at + args.steps}", f"output_dir={args.out}"]
+    with checkpoint.understanding(loaded.path):
+        base = configuration.from_dict(loaded.state["config"], settings, str(loaded.path))
+    if base.schedule.total_steps(position["steps_per_epoch"]) < at + args.steps:
+        raise ValueError(f"{loaded.path}: its schedule ends before step {at + args.steps}: lower --at or --steps")
+    trunk = RunDirectory(args.out / TRUNK, resuming=False)
+    records = args.out / RECORDS
+    if records.exists():
+        raise ValueError(f"{args.out} holds a fork already: choose another --out")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", filename=args.out / LOG, force=True)
+    device = distributed.choose_device(base.trainer.device)
+    configure_device(device, tf32=base.trainer.tf32, deterministic=base.trainer.deterministic)
+    plan, fork_point = plan_branches(args, base), loaded.path
+    if position["step"] < at:
+        print(f"going on from step {position['step']} to the fork at {at} …", flush=True)
+        unevaluated = ["trainer.eval_every_steps=null", "trainer.eval_every_epochs=null", f"output_dir={trunk.path}"]
+        fork_point = go_on(prepare(configuration.load(plan.cfg, unevaluated), device, trunk, loaded), at)
+    if args.match_norms:
+        plan = matched(plan, fork_point, device)
+    write_manifest(plan)
+    branches = {str(run.variant): build(plan, run, fork_point, device) for run in plan.runs}
+    for run, (trainer, _) in zip(plan.runs, branches.values(), strict=True):
+        about = {"source": str(args.source), "step": at, "baseline": run.variant == plan.baseline}
+        identity = {key: trainer.identity[key] for key in ("data", "environment")}
+        append(records, {"kind": "branch", "branch": run.variant, **about, "overrides": run.overrides, **identity})
+    print(f"{len(branches)} branches of {args.steps} steps: {', '.join(branches)}", flush=True)
+    for record in side_by_side(branches, args.parts_every):
+        append(records, record)
+    report(plan, records, args.samples)
+
+
+def report(plan: Plan, records: Path, samples: int) -> None:
+    """Compare the branches: lines of kind ``result`` in the records, the figure, and a table on the screen."""
+    baseline, intervals = str(plan.baseline), Intervals(samples, 0.95, logging.getLogger(__name__).info)
+    taken = read_records(records)
+    found = results({str(run.variant): plan.directory(run) for run in plan.runs}, taken, baseline, intervals)
+    for result in found:
+        append(records, result)
+    draw_fork(records.with_name(FIGURE), taken, found, baseline)
+    print(table(found, baseline), *intervals.problems, sep="\n")
+    print(
+        "gradient: its norm beside the baseline's, and its parts, at the fork; angles to the baseline's there and later"
+    )
+    print(f"wrote {records} and {FIGURE} beside it; python -m tools.compare {plan.out}")
+
+
+@console.command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    args = parse_arguments(arguments)
+    return session.exit_code(lambda: fork(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
