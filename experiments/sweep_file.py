@@ -11,7 +11,7 @@ import yaml
 
 from experiments.grid import Grid, check_distinct, parse_axis
 
-KEYS = ("base", "cfg", "baseline", "overrides", "variants", "grid")
+KEYS = ("base", "cfg", "baseline", "overrides", "variants", "grid", "declared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class Sweep:
     """Overrides by the name of the variant; none where all variation is in the grid."""
     grid: Grid = field(default_factory=dict)
     """Values of further keys, crossed with the variants."""
+    declared: Mapping[str, Any] | None = None
+    """What ``tools.ablate`` is to decide, see :class:`experiments.declared.Declaration`."""
 
     def updated(self, axes: Grid) -> Sweep:
         """Put the keys of the command line in place of the file's: one value overrides, several are an axis."""
@@ -87,6 +89,7 @@ def read_sweep(path: Path) -> Sweep:
         overrides=_overrides(values.get("overrides", {}), f"{path}: overrides"),
         variants=variants,
         grid=grid,
+        declared=_mapping(values["declared"], f"{path}: declared") if "declared" in values else None,
     )
 
 
