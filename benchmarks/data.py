@@ -139,8 +139,8 @@ def measure_evaluation(images: int, repeats: int) -> dict[str, float]:
 
 
 READERS = {
-    "ours": "from datasets.coco import _read; read = lambda: _read(path, None)",
-    "ours, kept by another process": "from datasets.coco import _read; read = lambda: _read(path, None)",
+    "ours": "from datasets.coco_files import _read; read = lambda: _read(path, None)",
+    "ours, kept by another process": "from datasets.coco_files import _read; read = lambda: _read(path, None)",
     "our ground truth": "from engine.coco_metrics import read_ground_truth; read = lambda: read_ground_truth(path)",
     "hotcoco": "import hotcoco; read = lambda: hotcoco.COCO(path)",
     "pycocotools": "from pycocotools.coco import COCO; read = lambda: COCO(path)",

@@ -6,13 +6,14 @@ The index of data sets is ``DatasetConfig``, that of transforms ``Transform``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from datasets.annotations import Category, CleaningReport
 from datasets.coco import CocoConfig, CocoDataset
 from datasets.collate import Collate
 from datasets.loaders import EvalLoader, TrainLoader, WorkerPool, WorkerStart
 from datasets.samplers import EvalBatchSampler, TrainBatchSampler, mix_seed
+from datasets.sampling import Sampling, Uniform
 from datasets.transforms import Transform, final_size
 
 __all__ = [
@@ -40,6 +41,8 @@ class DataConfig:
     """The training split."""
     val: DatasetConfig
     """The split that is evaluated."""
+    sampling: Sampling = field(default_factory=Uniform)
+    """How often each training image is drawn in an epoch, picked by name."""
     batch_size: int = 16
     """Images in an optimizer step, over all processes and accumulation steps."""
     eval_batch_size: int = 2
@@ -113,6 +116,7 @@ class DataConfig:
             world_size=world_size,
             accumulation_steps=accumulation_steps,
             total_steps=total_steps,
+            weights=self.sampling.weights(dataset.annotations, len(dataset.categories)),
         )
         return TrainLoader(self._pool(dataset, sampler, training=True), sampler)
 

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import CocoDetection, VisionDataset
 
-from datasets.annotations import (
-    Category,
-    CleaningReport,
-    PackedAnnotations,
-    pack_annotations,
-    read_annotation_file,
-    read_categories,
-)
-from datasets.image_files import absent_files, explain_absence
+from datasets.annotations import Category, CleaningReport, PackedAnnotations
+from datasets.coco_files import CocoFiles, Split, join
 from datasets.images import UnreadableImageError, decode_image, read_size
 from datasets.labelled_image import LabelledImage, relative_boxes
 from datasets.transforms import Transform, apply_transforms
-from datasets.unlabelled import PackedUnlabelled, read_unlabelled
-from ops.annotation_cache import shared
-from ops.coco_columns import NO_CATEGORY_ID
-from ops.coco_file import CocoFile
-
-Split = Literal["train", "val"]
+from datasets.unlabelled import PackedUnlabelled
 
 MAX_REPLACEMENTS = 16
 """So many images in a row may be unreadable before training stops: then it is the disk, not the image."""
@@ -206,18 +194,24 @@ class CocoDataset(CocoDetection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CocoConfig:
+class CocoConfig(CocoFiles):
     """One split of a data set in COCO format."""
 
     name: Literal["coco"] = "coco"
-    images: str
-    """Directory of the image files."""
-    annotations: str
-    """COCO annotation file (JSON)."""
     transforms: tuple[Transform, ...] = ()
     """Augmentation, in order; evaluation allows resizes only."""
     strict_images: bool = False
     """Whether a picture whose last bytes are missing counts as unreadable; else it is decoded as far as it goes."""
+    also: tuple[CocoFiles, ...] = ()
+    """Further files to train on, with classes merged by name; new classes join at the end."""
+    fraction: float = 1.0
+    """Share of the images to train on, drawn at random; a larger share holds every smaller one."""
+    fraction_seed: int = 0
+    """Of the draw."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
 
     def build(
         self, *, split: Split, categories: tuple[Category, ...] | None = None, unlabelled: bool = False
@@ -233,81 +227,27 @@ class CocoConfig:
             FileNotFoundError: the annotation file or the image directory does not exist.
             ValueError: the annotations cannot be used, or contradict ``categories``.
         """
-        self._check_paths(split)
-        own, packed, report = _read(self.annotations, categories)
-        unknown = read_unlabelled(self.annotations, packed, categories or own) if unlabelled else None
         training = split == "train"
-        for category in categories or () if categories != own else ():
-            if category not in own:
-                report.add("class that this file's categories lack, not measured on it", category.name)
-        root = Path(self.images)
-        absent = absent_files(root, packed.file_names())
-        consequence = "skipped" if training else "its objects count as missed"
-        report.add_all(
-            f"image listed but absent, {consequence}",
-            np.array(absent, dtype=np.int64),
-            lambda index: packed.file_name(index) + explain_absence(root, packed.file_name(index)),
-        )
-        if len(absent) == len(packed.image_ids):
-            why = explain_absence(root, packed.file_name(0))
-            remedy = "write the names as they are there" if why else f"set data.{split}.images to their directory"
-            raise FileNotFoundError(
-                f"none of the {len(absent)} images of {self.annotations} is in {self.images} "
-                f"(the first is {packed.file_name(0)}{why}): {remedy}"
+        if not training and (self.also or self.fraction < 1.0):
+            raise ValueError("data.val: also and fraction are for training, metrics are those of one whole file")
+        data = join([files.read(split, categories, unlabelled) for files in (self, *self.also)])
+        if self.fraction < 1.0:
+            order = torch.randperm(
+                len(data.packed.image_ids), generator=torch.Generator().manual_seed(self.fraction_seed)
             )
-        if training and absent:
-            present = torch.ones(len(packed.image_ids), dtype=torch.bool)
-            present[torch.tensor(absent)] = False
-            packed = packed.select(present.nonzero()[:, 0])
-            unknown = unknown and unknown.select(present.nonzero()[:, 0])
-        if training and not len(packed.labels):
+            data = data.select(order[: math.ceil(self.fraction * len(order))].sort().values)
+        if training and not len(data.packed.labels):
             raise ValueError(
-                f"{self.annotations} has no usable box to train on: {'; '.join(report.lines()) or 'no annotations'}"
+                f"{self.annotations} has no usable box to train on: "
+                f"{'; '.join(data.report.lines()) or 'no annotations'}"
             )
         return CocoDataset(
-            self.images, packed, categories or own, report, self.transforms, training, self.strict_images, unknown
+            self.images,
+            data.packed,
+            data.categories,
+            data.report,
+            self.transforms,
+            training,
+            self.strict_images,
+            data.unknown,
         )
-
-    def _check_paths(self, split: Split) -> None:
-        hint = (
-            f"data.{split}.annotations must name a COCO-format JSON file and data.{split}.images the directory of its "
-            "images; to try without data of your own run `make quickstart`"
-        )
-        if not Path(self.annotations).is_file():
-            raise FileNotFoundError(f"no annotation file {self.annotations}: {hint}")
-        if not Path(self.images).is_dir():
-            raise FileNotFoundError(f"no image directory {self.images}: {hint}")
-
-
-def _read(
-    path: str, expected: tuple[Category, ...] | None
-) -> tuple[tuple[Category, ...], PackedAnnotations, CleaningReport]:
-    """The categories, annotations and findings of a file; large ones are shared by the processes of a machine."""
-
-    def make() -> dict[str, Any]:
-        content = read_annotation_file(path)
-        own = read_categories(content, path)
-        if expected is not None:
-            _check_categories(own, expected, content, path)
-        packed, report = pack_annotations(content, path, expected or own)
-        categories = [list(category) for category in own]
-        return {"categories": categories, "packed": list(packed), "counts": report.counts, "examples": report.examples}
-
-    made = shared(path, f"packed {expected}", make)
-    own = tuple(Category(*category) for category in made["categories"])
-    return own, PackedAnnotations(*made["packed"]), CleaningReport(made["counts"], made["examples"])
-
-
-def _check_categories(own: tuple[Category, ...], expected: tuple[Category, ...], content: CocoFile, path: str) -> None:
-    names = dict(expected)
-    for category in own:
-        if category.id in names and names[category.id] != category.name:
-            raise ValueError(
-                f"{path}: category {category.id} is {category.name!r}, but {names[category.id]!r} in the training data"
-            )
-    unknown = {category.id: category.name for category in own if category.id not in names}
-    columns = content.annotations
-    found = set(np.unique(columns.category_ids[columns.odd & NO_CATEGORY_ID == 0]).tolist()) if unknown else set()
-    if contradicting := sorted(unknown.keys() & found):
-        shown = ", ".join(f"{category_id} ({unknown[category_id]})" for category_id in contradicting[:5])
-        raise ValueError(f"{path}: it has objects of categories that the training data does not know: {shown}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from datasets.coco import SampleKey
@@ -30,8 +31,9 @@ def mix_seed(*values: int) -> int:
 class TrainBatchSampler(Sampler[list[SampleKey]]):
     """Yields this rank's micro-batches: those of one optimizer step after the other, ``accumulation_steps`` each.
 
-    Every epoch is a permutation of the data set, of which an incomplete last global batch is left out (another
-    permutation leaves out others). The sample at place p of the order gets the same seed wherever it is processed.
+    Every epoch is a permutation of the data set (or, with weights, as many draws), of which an incomplete last global
+    batch is left out (another permutation leaves out others). The sample at place p of the order gets the same seed
+    wherever it is processed.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         world_size: int = 1,
         accumulation_steps: int = 1,
         total_steps: Callable[[int], int] | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -54,6 +57,7 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
             world_size: number of processes.
             accumulation_steps: micro-batches of each process in an optimizer step.
             total_steps: length of the training, given the steps of an epoch; None: samples do not know their progress.
+            weights: [length] how often each image is drawn, relative to others; None: each once in an epoch.
 
         Raises:
             ValueError: the batch cannot be divided, or is larger than the data set.
@@ -71,6 +75,7 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size, self.accumulation_steps = rank, world_size, accumulation_steps
         self.micro_batch_size = batch_size // parts
+        self.weights = None if weights is None else weights.double() * (length / weights.double().sum())
         self.steps_per_epoch = length // batch_size
         self.total_steps = None if total_steps is None else total_steps(self.steps_per_epoch)
         self._position = (0, 0)
@@ -88,6 +93,8 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         epoch, first = self._position
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         order = torch.randperm(self.length, generator=generator)
+        if self.weights is not None:
+            order = _drawn(order, self.weights, generator)
         for micro_batch in range(first, self.steps_per_epoch * self.accumulation_steps):
             step, micro_step = divmod(micro_batch, self.accumulation_steps)
             part = micro_step * self.world_size + self.rank
@@ -95,6 +102,15 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
             places = range(start, start + self.micro_batch_size)
             progress = (epoch * self.steps_per_epoch + step) / self.total_steps if self.total_steps else 0.0
             yield [SampleKey(int(order[place]), mix_seed(self.seed, epoch, place), progress) for place in places]
+
+
+def _drawn(order: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+    """As many images, each ⌊w⌋ or ⌈w⌉ times and w times in the mean (systematic sampling of an order, then mixed)."""
+    ends = weights[order].cumsum(0)
+    ends[-1] = len(order)
+    places = (ends + torch.rand(1, generator=generator, dtype=torch.float64)).floor().long()
+    drawn = order.repeat_interleave(places.diff(prepend=places.new_zeros(1)))
+    return drawn[torch.randperm(len(drawn), generator=generator)]
 
 
 class EvalBatchSampler(Sampler[list[SampleKey]]):
