@@ -1,4 +1,4 @@
-"""What a person and a program can follow: log.txt and the terminal, metrics.jsonl, TensorBoard."""
+"""What a person and a program can follow: log.txt and the terminal, metrics.jsonl, loggers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from engine import distributed
-from engine.dispensable import dispensable
+from engine.loggers import LoggerName, Loggers
 from engine.runs.run_directory import LOG, METRICS
 from structures import LossOutput
 
@@ -44,22 +43,19 @@ def configure(directory: Path | None) -> None:
 
 
 class Records:
-    """Writer of metrics.jsonl and TensorBoard events; does nothing on processes other than the first."""
+    """Writer of metrics.jsonl and of the loggers; does nothing on processes other than the first."""
 
-    def __init__(self, directory: Path, step: int) -> None:
+    def __init__(
+        self, directory: Path, step: int, loggers: Sequence[LoggerName] = (), config: Mapping[str, Any] | None = None
+    ) -> None:
         """Open the files of a run that starts or goes on after ``step`` optimizer steps."""
         self._active = distributed.is_main()
-        self._board: Any = None
         if self._active:
             self._file = (directory / METRICS).open("a", encoding="utf-8")
-            with dispensable("TensorBoard's events"):
-                # Imported here: it takes seconds, and processes that write nothing do not need it.
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+            self._loggers = Loggers(loggers, directory, config or {}, step)
 
     def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, and its numbers to TensorBoard under ``kind/``."""
+        """Add one line to metrics.jsonl, and its numbers to the loggers under ``kind/``."""
         if not self._active:
             return
         line = {"kind": kind, "step": step, **record}
@@ -68,29 +64,18 @@ class Records:
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, f"cannot write records: {error.strerror}", self._file.name) from error
-        if self._board is not None:
-            with dispensable("TensorBoard's events"):
-                for name, value in _scalars(record):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
-                self._board.flush()
+        self._loggers.record(kind, record, step)
 
-    def picture(self, name: str, path: Path, step: int) -> None:
-        """Show an image file in TensorBoard."""
-        if self._board is not None:
-            with dispensable("TensorBoard's pictures"):
-                from PIL import Image
-
-                with Image.open(path) as image:
-                    self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-                self._board.flush()
+    def picture(self, path: Path, step: int) -> None:
+        """Show an image file in the loggers, under its name."""
+        if self._active and path.exists():
+            self._loggers.picture(path.stem, path, step)
 
     def close(self) -> None:
         """Flush and close the files."""
         if self._active:
             self._file.close()
-        if self._board is not None:
-            with dispensable("TensorBoard's events"):
-                self._board.close()
+            self._loggers.close()
 
 
 def finite(value: Any) -> Any:
@@ -102,16 +87,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _scalars(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    result: list[tuple[str, float]] = []
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            result.extend(_scalars(value, f"{prefix}{key}/"))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            result.append((prefix + key, float(value)))
-    return result
 
 
 class Progress:

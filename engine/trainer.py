@@ -172,7 +172,7 @@ class Trainer:
             self._save()
         if distributed.is_main():
             forget_after(self.directory, self.step, evaluated=self.evaluated_step == self.step)
-            records = Records(self.directory, self.step)
+            records = Records(self.directory, self.step, self.config.loggers, self.identity["config"])
         try:
             yield from self._run(stop, records)
         finally:
@@ -292,8 +292,8 @@ class Trainer:
     def _draw(self, records: Records) -> None:
         with dispensable(CURVES):
             draw_curves(self.directory / METRICS, self.directory / CURVES)
-        if (self.directory / PREDICTIONS).exists():
-            records.picture("predictions", self.directory / PREDICTIONS, self.step)
+        for name in (PREDICTIONS, CURVES):
+            records.picture(self.directory / name, self.step)
 
     def _save(self, *, best: bool = False) -> None:
         """Write a checkpoint; a failure on the writing process stops all of them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.loggers import LoggerName
 from engine.step import Precision
 
 
@@ -36,6 +37,8 @@ class TrainerConfig:
     """Optimizer steps between evaluations, in place of eval_every_epochs."""
     stop_after: int | None = None
     """Optimizer steps after which to end, with an evaluation, though the schedule is longer; null for all of it."""
+    loggers: tuple[LoggerName, ...] = ("tensorboard",)
+    """What shows the run beside its own files: tensorboard, wandb, mlflow (the latter two are optional packages)."""
     max_nonfinite_steps: int = 0
     """Steps with a non-finite loss or gradient to skip before stopping."""
     collective_timeout: float = 1800.0

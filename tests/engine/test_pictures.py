@@ -108,9 +108,9 @@ def test_what_is_dispensable_is_told_once(caplog: pytest.LogCaptureFixture, monk
 def test_records_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not installed, or not able to write: metrics.jsonl is written all the same."""
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    records = Records(tmp_path, 0)
+    records = Records(tmp_path, 0, ["tensorboard"])
     records.write("train", 1, {"loss": 1.0})
-    records.picture("predictions", tmp_path / "none.png", 1)
+    records.picture(tmp_path / "none.png", 1)
     records.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

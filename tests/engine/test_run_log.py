@@ -46,7 +46,7 @@ def test_means_over_steps_and_sums_over_micro_batches() -> None:
 
 
 def test_records_are_json_and_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
-    records = Records(tmp_path, 0)
+    records = Records(tmp_path, 0, ["tensorboard"], {"seed": 5})
     records.write("train", 3, {"loss": float("nan"), "terms": {"decoder.0/class": 0.5}})
     records.write("eval", 4, {"AP": 12.5, "per_class": {"Katze": None, "Hühner": float("inf")}})
     records.close()
@@ -58,6 +58,7 @@ def test_records_are_json_and_tensorboard_gets_the_numbers(tmp_path: Path) -> No
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/terms/decoder.0/class")] == [(3, 0.5)]
     assert [(e.step, e.value) for e in events.Scalars("eval/AP")] == [(4, 12.5)]
+    assert events.Tags()["tensors"] == ["config/text_summary"]
 
 
 def test_full_disk_names_the_file(tmp_path: Path) -> None:
