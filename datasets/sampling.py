@@ -16,7 +16,6 @@ class Uniform:
     """Every image once in an epoch."""
 
     name: Literal["uniform"] = "uniform"
-    """Tag."""
 
     def weights(self, annotations: PackedAnnotations, classes: int) -> Tensor | None:
         """None: there are none."""
@@ -32,7 +31,6 @@ class RepeatFactor:
     """
 
     name: Literal["repeat_factor"] = "repeat_factor"
-    """Tag."""
     threshold: float = 0.001
     """t, the share of images below which a class is drawn more often."""
 
@@ -55,7 +53,6 @@ class ClassBalanced:
     """As if a class were drawn first, and then an image with it; images without boxes are never drawn."""
 
     name: Literal["class_balanced"] = "class_balanced"
-    """Tag."""
 
     def weights(self, annotations: PackedAnnotations, classes: int) -> Tensor:
         """[N] float64: for each class in an image, one over the number of images with it."""

@@ -30,14 +30,11 @@ PROJECT = "align-detr"
 class Logger(Protocol):
     """One of them; whatever it raises is said once and costs the run nothing else."""
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Add numbers by name."""
+    def scalars(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def picture(self, name: str, path: Path, step: int) -> None:
-        """Show an image file."""
+    def picture(self, name: str, path: Path, step: int) -> None: ...
 
-    def close(self) -> None:
-        """Write what is left."""
+    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -51,13 +48,11 @@ class TensorBoard:
         self._writer.add_text("config", f"```yaml\n{_yaml(config)}\n```", step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See ``Logger``."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """See ``Logger``."""
         from PIL import Image
 
         with Image.open(path) as image:
@@ -65,7 +60,6 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        """See ``Logger``."""
         self._writer.close()
 
 
@@ -89,15 +83,12 @@ class WandB:
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See ``Logger``."""
         self._run.log({"step": step, **values})
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """See ``Logger``."""
         self._run.log({"step": step, name: self._wandb.Image(str(path))})
 
     def close(self) -> None:
-        """See ``Logger``."""
         self._run.finish()
 
 
@@ -127,18 +118,15 @@ class MLflow:
         self._client.log_text(self._id, _yaml(config), "config.yaml")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See ``Logger``."""
         now = int(time.time() * 1000)
         metrics = [self._metric(_allowed(name), value, now, step) for name, value in values.items()]
         for start in range(0, len(metrics), 1000):  # the most in one call
             self._client.log_batch(self._id, metrics[start : start + 1000])
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """See ``Logger``."""
         self._client.log_artifact(self._id, str(path), f"pictures/step_{step:08d}")
 
     def close(self) -> None:
-        """See ``Logger``."""
         self._client.set_terminated(self._id)
 
 
@@ -161,7 +149,8 @@ class Loggers:
 
     def record(self, kind: str, record: Mapping[str, Any], step: int) -> None:
         """Pass on the numbers of a line of metrics.jsonl."""
-        values = {f"{kind}/{name}": float(value) for name, value in flat(record) if _is_number(value)}
+        numbers = ((name, value) for name, value in flat(record) if type(value) in (int, float))
+        values = {f"{kind}/{name}": float(value) for name, value in numbers}
         self._all(lambda logger: logger.scalars(values, step))
 
     def picture(self, name: str, path: Path, step: int) -> None:
@@ -187,10 +176,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flat(value, f"{prefix}{key}/")
         else:
             yield prefix + str(key), value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _allowed(name: str) -> str:

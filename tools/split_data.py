@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.whole_files import replacing
+from tools import console
 
 
 def deal(
@@ -111,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"{target} is there already: remove it, or choose another --out")
     try:
         content = json.loads(options.annotations.read_text(encoding="utf-8-sig"))
-        parts = split(content, shares, options.group_by, options.seed, options.stratify)
+        parts = split(content, shares, options.group_by, options.seed, not options.no_stratify)
     except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{options.annotations}: not a COCO file ({type(error).__name__}: {error})") from error
     options.out.mkdir(parents=True, exist_ok=True)
@@ -121,26 +122,19 @@ def run(options: argparse.Namespace) -> None:
         print(f"{targets[name]}: {len(part['images'])} images, {len(part['annotations'])} boxes")
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.split_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the command and return its exit code."""
+    parser = console.parser("split_data", __doc__)
     parser.add_argument("annotations", type=Path, help="COCO file")
     parser.add_argument(
-        "--splits", nargs="+", default=["train=0.8", "val=0.2"], metavar="NAME=SHARE", help="train=0.8 val=0.2"
+        "--splits", nargs="+", default=["train=0.8", "val=0.2"], metavar="NAME=SHARE", help="%(default)s"
     )
     parser.add_argument("--out", type=Path, default=Path("split"), help="folder to write to (%(default)s)")
     parser.add_argument("--group-by", metavar="FIELD", help="images with the same value of this field stay together")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
-    parser.add_argument(
-        "--stratify", action=argparse.BooleanOptionalAction, default=True, help="each class in its share (default: yes)"
-    )
-    try:
-        run(parser.parse_args(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    parser.add_argument("--no-stratify", action="store_true", help="do not put each class in its share everywhere")
+    run(parser.parse_args(arguments))
     return 0
 
 
