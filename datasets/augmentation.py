@@ -40,16 +40,14 @@ class Augmentation:
     """Share of the training after which it is left out (0.9: the last tenth goes without)."""
 
     def __post_init__(self) -> None:
-        name = getattr(self, "name", "")
-        if not 0.0 <= getattr(self, "probability", 0.0) <= 1.0:
-            raise ValueError(f"{name}: probability must be in [0, 1], got {getattr(self, 'probability', 0.0)}")
-        if not 0.0 < self.until <= 1.0:
-            raise ValueError(f"{name}: until must be in (0, 1], got {self.until}")
+        self._need(0.0 < self.until <= 1.0, "until in (0, 1]")
 
     def __call__(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        if self.until < 1.0 and source.progress >= self.until:
-            return sample
-        return self._change(sample, source)
+        return sample if self.until < 1.0 and source.progress >= self.until else self._change(sample, source)
+
+    def _need(self, fulfilled: bool, what: str) -> None:
+        if not fulfilled:
+            raise ValueError(f"{getattr(self, 'name', '')}: needs {what}")
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         raise NotImplementedError
@@ -61,6 +59,10 @@ class Occasional(Augmentation):
 
     probability: float = 0.5
     """How often."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._need(0.0 <= self.probability <= 1.0, "probability in [0, 1]")
 
     def __call__(self, sample: LabelledImage, source: Source) -> LabelledImage:
         return sample if source.random() >= self.probability else super().__call__(sample, source)

@@ -241,13 +241,4 @@ class CocoConfig(CocoFiles):
                 f"{self.annotations} has no usable box to train on: "
                 f"{'; '.join(data.report.lines()) or 'no annotations'}"
             )
-        return CocoDataset(
-            self.images,
-            data.packed,
-            data.categories,
-            data.report,
-            self.transforms,
-            training,
-            self.strict_images,
-            data.unknown,
-        )
+        return CocoDataset(*data[:4], self.transforms, training, self.strict_images, data.unknown)

@@ -36,12 +36,12 @@ class FileContent(NamedTuple):
     """Directory of the images."""
     packed: PackedAnnotations
     """Cleaned."""
-    unknown: PackedUnlabelled | None
-    """What is no background though it is not labelled, where it was asked for."""
     categories: tuple[Category, ...]
     """Index = label."""
     report: CleaningReport
     """What was cleaned away."""
+    unknown: PackedUnlabelled | None
+    """What is no background though it is not labelled, where it was asked for."""
 
     def select(self, keep: Tensor) -> FileContent:
         """The images with these indices (ascending) only."""
@@ -82,7 +82,7 @@ class CocoFiles:
                 f"none of the {len(absent)} images of {self.annotations} is in {self.images} "
                 f"(the first is {packed.file_name(0)}{why}): {remedy}"
             )
-        content = FileContent(self.images, packed, unknown, categories or own, report)
+        content = FileContent(self.images, packed, categories or own, report, unknown)
         if not training or not absent:
             return content
         present = torch.ones(len(packed.image_ids), dtype=torch.bool)
@@ -116,24 +116,23 @@ def join(parts: Sequence[FileContent]) -> FileContent:
         for kind, count in part.report.counts.items():
             report.counts[kind] = report.counts.get(kind, 0) + count
             report.examples.setdefault(kind, []).extend(part.report.examples[kind])
-    if all(part.unknown is None for part in parts):
-        unknown = None
-    else:
+    unknown = None
+    if regions := [part.unknown.regions for part in parts if part.unknown is not None]:
         # A file says nothing about classes that it does not have.
         silent = [torch.ones(len(part.packed.image_ids), len(categories), dtype=torch.bool) for part in parts]
         for part, labels, own in zip(parts, label_of, silent, strict=True):
-            assert part.unknown is not None
-            own[:, labels] = part.unknown.silent
-        regions = [part.unknown.regions for part in parts if part.unknown is not None]
+            own[:, labels] = part.unknown.silent if part.unknown is not None else False
         unknown = PackedUnlabelled(_join_packed(parts, regions, label_of), torch.cat(silent))
     packed = _join_packed(parts, [part.packed for part in parts], label_of)
-    return FileContent(parts[0].root, packed, unknown, tuple(categories), report)
+    return FileContent(parts[0].root, packed, tuple(categories), report, unknown)
 
 
 def _join_packed(
     parts: Sequence[FileContent], packed: Sequence[PackedAnnotations], label_of: Sequence[Tensor]
 ) -> PackedAnnotations:
-    names, ids, ends = [], [], []
+    names: list[bytes] = []
+    ids: list[Tensor] = []
+    ends: list[Tensor] = []
     for part, own in zip(parts, packed, strict=True):
         names += [os.path.join(os.path.abspath(part.root), name).encode() for name in own.file_names()]
         last, first = (int(ids[-1][-1]) if ids else -1), int(own.image_ids[0])

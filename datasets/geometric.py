@@ -9,7 +9,6 @@ from torchvision.transforms import v2
 
 from datasets.augmentation import Augmentation, Occasional, Source, by_torchvision
 from datasets.labelled_image import LabelledImage, crop, drop_lost_boxes, resize
-from datasets.sizes import check_sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +26,8 @@ class IoUCrop(Augmentation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.min_iou or not all(0.0 <= least < 1.0 for least in self.min_iou) or not 0.0 < self.min_scale < 1.0:
-            raise ValueError(f"{self.name}: need min_iou of at least one number in [0, 1), and min_scale in (0, 1)")
+        fits = bool(self.min_iou) and all(0.0 <= least < 1.0 for least in self.min_iou) and 0.0 < self.min_scale < 1.0
+        self._need(fits, "min_iou of at least one number in [0, 1), and min_scale in (0, 1)")
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         if not len(sample.boxes) or min(sample.size) * self.min_scale < 1.0:
@@ -54,9 +53,7 @@ class ScaleJitter(Augmentation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sides(self.name, (self.size,))
-        if not 0.0 < self.min_scale <= self.max_scale:
-            raise ValueError(f"{self.name}: need 0 < min_scale <= max_scale, got {self.min_scale} and {self.max_scale}")
+        self._need(self.size > 0 and 0.0 < self.min_scale <= self.max_scale, "size > 0 and 0 < min_scale <= max_scale")
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         factor = source.uniform(self.min_scale, self.max_scale) * self.size / max(sample.size)
@@ -81,10 +78,8 @@ class RandomRotation(Occasional):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.degrees <= 45.0 or not 0 <= self.fill <= 255:
-            raise ValueError(f"{self.name}: need degrees in 0..45 and fill in 0..255")
+        self._need(0.0 <= self.degrees <= 45.0 and 0 <= self.fill <= 255, "degrees in 0..45 and fill in 0..255")
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        bilinear = v2.InterpolationMode.BILINEAR
-        turn = v2.RandomRotation(self.degrees, interpolation=bilinear, fill=self.fill)
+        turn = v2.RandomRotation(self.degrees, v2.InterpolationMode.BILINEAR, fill=self.fill)
         return drop_lost_boxes(by_torchvision(turn, sample, source))

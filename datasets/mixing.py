@@ -14,7 +14,6 @@ from torchvision.tv_tensors import BoundingBoxes, Image
 
 from datasets.augmentation import Occasional, Source
 from datasets.labelled_image import LabelledImage, crop, resize
-from datasets.sizes import check_sides
 
 GREY = 124
 """Where a mixed image has no pixels of its own."""
@@ -38,25 +37,21 @@ class Mosaic(Occasional):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sides(self.name, (self.size,))
-        if not 0.0 < self.min_scale <= self.max_scale or not 0.0 <= self.min_visible <= 1.0:
-            raise ValueError(f"{self.name}: need 0 < min_scale <= max_scale and min_visible in [0, 1]")
+        fits = self.size > 0 and 0.0 < self.min_scale <= self.max_scale and 0.0 <= self.min_visible <= 1.0
+        self._need(fits, "size > 0, 0 < min_scale <= max_scale and min_visible in [0, 1]")
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
-        middle_y, middle_x = (round(source.uniform(0.25, 0.75) * self.size) for _ in range(2))
+        middle = [round(source.uniform(0.25, 0.75) * self.size) for _ in range(2)]
         canvas, boxes, labels = _canvas(self.size, self.size), [], []
         for quarter in range(4):
             part = source.another() if quarter else sample
             factor = source.uniform(self.min_scale, self.max_scale) * self.size / max(part.size)
             height, width = (max(round(side * factor), 1) for side in part.size)
-            room = (
-                (self.size - middle_y if quarter // 2 else middle_y),
-                (self.size - middle_x if quarter % 2 else middle_x),
-            )
-            shown = min(height, room[0]), min(width, room[1])
-            # Each image touches the point with the corner that looks there.
-            cut = 0 if quarter // 2 else height - shown[0], 0 if quarter % 2 else width - shown[1]
-            top, left = middle_y - (0 if quarter // 2 else shown[0]), middle_x - (0 if quarter % 2 else shown[1])
+            # Each image touches the middle with the corner that looks there.
+            sides = list(zip((height, width), middle, divmod(quarter, 2), strict=True))
+            shown = [min(side, self.size - at if after else at) for side, at, after in sides]
+            cut = [0 if after else side - seen for (side, _, after), seen in zip(sides, shown, strict=True)]
+            top, left = (at if after else at - seen for (_, at, after), seen in zip(sides, shown, strict=True))
             part = _visible(resize(part, (height, width)), *cut, *shown, self.min_visible)
             canvas[:, top : top + shown[0], left : left + shown[1]] = part.image
             boxes.append(part.boxes.as_subclass(Tensor) + torch.tensor([left, top] * 2))
@@ -74,8 +69,7 @@ class MixUp(Occasional):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha <= 0.0:
-            raise ValueError(f"{self.name}: alpha must be positive, got {self.alpha}")
+        self._need(self.alpha > 0.0, "a positive alpha")
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         other, weight = source.another(), source.betavariate(self.alpha, self.alpha)
@@ -104,17 +98,14 @@ class CopyPaste(Occasional):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_objects < 1 or not 0.0 < self.min_scale <= self.max_scale or not 0.0 <= self.min_visible <= 1.0:
-            raise ValueError(
-                f"{self.name}: need max_objects >= 1, 0 < min_scale <= max_scale and min_visible in [0, 1]"
-            )
+        fits = self.max_objects > 0 and 0.0 < self.min_scale <= self.max_scale and 0.0 <= self.min_visible <= 1.0
+        self._need(fits, "max_objects >= 1, 0 < min_scale <= max_scale and min_visible in [0, 1]")
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         other = source.another()
         objects = (other.labels >= 0).nonzero()[:, 0].tolist()  # labels below 0 are regions to ignore
         for place in source.sample(objects, min(source.randint(1, self.max_objects), len(objects))):
-            left, top, right, bottom = other.boxes.as_subclass(Tensor)[place].round().int().tolist()
-            top, left = max(top, 0), max(left, 0)
+            left, top, right, bottom = other.boxes.as_subclass(Tensor)[place].round().int().clamp(min=0).tolist()
             height, width = min(bottom, other.size[0]) - top, min(right, other.size[1]) - left
             if min(height, width) < 1:
                 continue
@@ -122,9 +113,8 @@ class CopyPaste(Occasional):
             patch = _visible(other, top, left, height, width, self.min_visible)
             factor = source.uniform(self.min_scale, self.max_scale)
             factor = min(factor, sample.size[0] / height, sample.size[1] / width)
-            sample = self._paste(
-                sample, resize(patch, (max(int(height * factor), 1), max(int(width * factor), 1))), source
-            )
+            patch = resize(patch, (max(int(height * factor), 1), max(int(width * factor), 1)))
+            sample = self._paste(sample, patch, source)
         return sample
 
     def _paste(self, sample: LabelledImage, patch: LabelledImage, source: Source) -> LabelledImage:

@@ -30,7 +30,9 @@ class ColourJitter(Occasional):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_colours(self)
+        factors = self.brightness, self.contrast, self.saturation
+        self._need(all(0.0 <= value <= 1.0 for value in factors), "brightness, contrast and saturation in [0, 1]")
+        self._need(0.0 <= self.hue <= 0.5, "hue in [0, 0.5]")
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         brightness, contrast, saturation = (
@@ -61,7 +63,9 @@ class PhotometricDistortion(Augmentation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_colours(self)
+        factors = self.brightness, self.contrast, self.saturation
+        self._need(all(0.0 <= value <= 1.0 for value in factors), "brightness, contrast and saturation in [0, 1]")
+        self._need(0.0 <= self.hue <= 0.5, "hue in [0, 0.5]")
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         factors = [(1.0 - spread, 1.0 + spread) for spread in (self.brightness, self.contrast, self.saturation)]
@@ -83,16 +87,9 @@ class RandomErasing(Occasional):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.min_area <= self.max_area < 1.0 or not 0 <= self.fill <= 255:
-            raise ValueError(f"{self.name}: need 0 < min_area <= max_area < 1 and fill in 0..255")
+        fits = 0.0 < self.min_area <= self.max_area < 1.0 and 0 <= self.fill <= 255
+        self._need(fits, "0 < min_area <= max_area < 1 and fill in 0..255")
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         erase = v2.RandomErasing(p=1.0, scale=(self.min_area, self.max_area), value=self.fill)
         return by_torchvision(lambda image, boxes: (erase(image), boxes), sample, source)
-
-
-def _check_colours(config: ColourJitter | PhotometricDistortion) -> None:
-    if not all(0.0 <= value <= 1.0 for value in (config.brightness, config.contrast, config.saturation)):
-        raise ValueError(f"{config.name}: brightness, contrast and saturation must be in [0, 1]")
-    if not 0.0 <= config.hue <= 0.5:
-        raise ValueError(f"{config.name}: hue must be in [0, 0.5], got {config.hue}")

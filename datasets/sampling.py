@@ -18,7 +18,6 @@ class Uniform:
     name: Literal["uniform"] = "uniform"
 
     def weights(self, annotations: PackedAnnotations, classes: int) -> Tensor | None:
-        """None: there are none."""
         return None
 
 

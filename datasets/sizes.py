@@ -37,11 +37,6 @@ def resized_size(size: tuple[int, int], short_side: int, max_long_side: int | No
     return short_side, int(short_side * width / height)
 
 
-def check_probability(name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}: probability must be in [0, 1], got {value}")
-
-
 def check_sides(name: str, sides: tuple[int, ...]) -> None:
     if not sides or min(sides) < 1:
         raise ValueError(f"{name}: give at least one side length, all of them positive, got {list(sides)}")
@@ -124,8 +119,7 @@ class RandomSizeCrop(Occasional):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.min_size <= self.max_size:
-            raise ValueError(f"{self.name}: need 1 <= min_size <= max_size, got {self.min_size} and {self.max_size}")
+        self._need(1 <= self.min_size <= self.max_size, "1 <= min_size <= max_size")
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         height, width = (source.randint(min(self.min_size, side), min(self.max_size, side)) for side in sample.size)
@@ -158,7 +152,7 @@ class DETRMultiScale(Augmentation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_probability(self.name, self.crop_probability)
+        self._need(0.0 <= self.crop_probability <= 1.0, "crop_probability in [0, 1]")
         for sides in (self.short_sides, self.crop_short_sides, (self.max_long_side,)):
             check_sides(self.name, sides)
         RandomSizeCrop(min_size=self.crop_min_size, max_size=self.crop_max_size)
@@ -182,8 +176,7 @@ class RandomZoomOut(Occasional):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_scale < 1.0 or not 0 <= self.fill <= 255:
-            raise ValueError(f"{self.name}: need max_scale >= 1 and fill in 0..255")
+        self._need(self.max_scale >= 1.0 and 0 <= self.fill <= 255, "max_scale >= 1 and fill in 0..255")
 
     def _change(self, sample: LabelledImage, source: Source) -> LabelledImage:
         height, width = sample.size

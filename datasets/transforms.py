@@ -31,31 +31,6 @@ from datasets.sizes import (
     ResizeExact,
 )
 
-__all__ = [
-    "ColourJitter",
-    "CopyPaste",
-    "DETRMultiScale",
-    "IoUCrop",
-    "LabelledImage",
-    "MixUp",
-    "Mosaic",
-    "PhotometricDistortion",
-    "RandomErasing",
-    "RandomFlip",
-    "RandomResize",
-    "RandomRotation",
-    "RandomSizeCrop",
-    "RandomTranspose",
-    "RandomVerticalFlip",
-    "RandomZoomOut",
-    "Resize",
-    "ResizeExact",
-    "ScaleJitter",
-    "Transform",
-    "apply_transforms",
-    "final_size",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RandomFlip(Occasional):

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -25,16 +25,6 @@ from engine.whole_files import replacing
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 RUN_IDS = "loggers.json"
 PROJECT = "align-detr"
-
-
-class Logger(Protocol):
-    """One of them; whatever it raises is said once and costs the run nothing else."""
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None: ...
-
-    def picture(self, name: str, path: Path, step: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -130,11 +120,8 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
-_KINDS: dict[LoggerName, Callable[[Path, Mapping[str, Any], int], Logger]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WandB,
-    "mlflow": MLflow,
-}
+Logger = TensorBoard | WandB | MLflow
+_KINDS: dict[LoggerName, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 
 
 class Loggers:
@@ -149,19 +136,11 @@ class Loggers:
 
     def record(self, kind: str, record: Mapping[str, Any], step: int) -> None:
         """Pass on the numbers of a line of metrics.jsonl."""
-        numbers = ((name, value) for name, value in flat(record) if type(value) in (int, float))
-        values = {f"{kind}/{name}": float(value) for name, value in numbers}
-        self._all(lambda logger: logger.scalars(values, step))
+        numbers = {f"{kind}/{name}": float(value) for name, value in flat(record) if type(value) in (int, float)}
+        self.tell(lambda logger: logger.scalars(numbers, step))
 
-    def picture(self, name: str, path: Path, step: int) -> None:
-        """Show an image file."""
-        self._all(lambda logger: logger.picture(name, path, step))
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._all(lambda logger: logger.close())
-
-    def _all(self, action: Callable[[Logger], None]) -> None:
+    def tell(self, action: Callable[[Logger], None]) -> None:
+        """Have each of them do something."""
         for name in list(self._open):
             logger = self._open.pop(name)
             with dispensable(name):

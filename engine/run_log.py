@@ -69,13 +69,13 @@ class Records:
     def picture(self, path: Path, step: int) -> None:
         """Show an image file in the loggers, under its name."""
         if self._active and path.exists():
-            self._loggers.picture(path.stem, path, step)
+            self._loggers.tell(lambda logger: logger.picture(path.stem, path, step))
 
     def close(self) -> None:
         """Flush and close the files."""
         if self._active:
             self._file.close()
-            self._loggers.close()
+            self._loggers.tell(lambda logger: logger.close())
 
 
 def finite(value: Any) -> Any:

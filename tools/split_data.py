@@ -9,7 +9,6 @@ each to the split that lacks most of that class (after Sechidis et al. 2011, ite
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -84,27 +83,31 @@ def split(content: dict[str, Any], shares: dict[str, float], group_by: str | Non
 
 
 def read_shares(texts: Sequence[str]) -> dict[str, float]:
-    """Name and share of each split.
-
-    Raises:
-        ValueError: one is not name=share, or they do not add up to 1.
-    """
-    shares: dict[str, float] = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        try:
-            shares[name] = float(value)
-        except ValueError:
-            raise ValueError(f"--splits {text}: expected name=share, such as train=0.8") from None
-        if not name.isidentifier() or not 0.0 < shares[name] < 1.0:
-            raise ValueError(f"--splits {text}: expected a word and a share between 0 and 1")
-    if len(shares) < len(texts) or abs(sum(shares.values()) - 1.0) > 1e-6:
-        raise ValueError(f"--splits {' '.join(texts)}: each name once, and shares that add up to 1")
+    """Name and share of each split, as in "train=0.8"; ValueError where they are not that, or do not add up to 1."""
+    pairs = [text.partition("=") for text in texts]
+    try:
+        shares = {name: float(value) for name, _, value in pairs}
+    except ValueError:
+        shares = {}
+    good = all(name.isidentifier() and 0.0 < share < 1.0 for name, share in shares.items())
+    if not good or len(shares) < len(pairs) or abs(sum(shares.values()) - 1.0) > 1e-6:
+        raise ValueError(f"--splits {' '.join(texts)}: give each name once, as train=0.8, and shares that add up to 1")
     return shares
 
 
-def run(options: argparse.Namespace) -> None:
-    """The command with its options."""
+@console.command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = console.parser("split_data", __doc__)
+    parser.add_argument("annotations", type=Path, help="COCO file")
+    parser.add_argument(
+        "--splits", nargs="+", default=["train=0.8", "val=0.2"], metavar="NAME=SHARE", help="%(default)s"
+    )
+    parser.add_argument("--out", type=Path, default=Path("split"), help="folder to write to (%(default)s)")
+    parser.add_argument("--group-by", metavar="FIELD", help="images with the same value of this field stay together")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    parser.add_argument("--no-stratify", action="store_true", help="do not put each class in its share everywhere")
+    options = parser.parse_args(arguments)
     shares = read_shares(options.splits)
     targets = {name: options.out / f"instances_{name}.json" for name in shares}
     for target in targets.values():
@@ -120,21 +123,6 @@ def run(options: argparse.Namespace) -> None:
         with replacing(targets[name]) as temporary:
             temporary.write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
         print(f"{targets[name]}: {len(part['images'])} images, {len(part['annotations'])} boxes")
-
-
-@console.command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    parser = console.parser("split_data", __doc__)
-    parser.add_argument("annotations", type=Path, help="COCO file")
-    parser.add_argument(
-        "--splits", nargs="+", default=["train=0.8", "val=0.2"], metavar="NAME=SHARE", help="%(default)s"
-    )
-    parser.add_argument("--out", type=Path, default=Path("split"), help="folder to write to (%(default)s)")
-    parser.add_argument("--group-by", metavar="FIELD", help="images with the same value of this field stay together")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
-    parser.add_argument("--no-stratify", action="store_true", help="do not put each class in its share everywhere")
-    run(parser.parse_args(arguments))
     return 0
 
 

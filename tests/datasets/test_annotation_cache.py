@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from datasets import Category, CocoConfig, coco
+from datasets import Category, CocoConfig, coco_files
 from engine import coco_metrics
 from engine.coco_metrics import read_ground_truth
 from ops import annotation_cache
@@ -29,7 +29,7 @@ def cached(make_folder, tmp_path, monkeypatch):
             file.write("x")
         return read_coco_file(path)
 
-    monkeypatch.setattr(coco, "read_annotation_file", read)
+    monkeypatch.setattr(coco_files, "read_annotation_file", read)
     monkeypatch.setattr(coco_metrics, "read_coco_file", read)
     folder = make_folder()
     folder.add(10, [5, 5, 0, 10])

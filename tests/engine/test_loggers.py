@@ -90,8 +90,8 @@ def test_a_logger_that_fails_says_so_once_and_others_go_on(
         board = Loggers(["wandb", "mlflow"], tmp_path, {}, 0)
         board.record("train", {"loss": 1.0}, 1)
         board.record("train", {"loss": 2.0}, 2)
-        board.picture("curves", tmp_path / "curves.png", 2)
-        board.close()
+        board.tell(lambda logger: logger.picture("curves", tmp_path / "curves.png", 2))
+        board.tell(lambda logger: logger.close())
     (said,) = caplog.records
     assert said.getMessage() == "wandb could not be written, the run goes on without (ConnectionError: no way there)"
     assert failing.left == -1, "it is not asked again"

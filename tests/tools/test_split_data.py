@@ -83,9 +83,9 @@ def test_whatever_is_dealt_is_dealt_once(groups, stratify):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--splits", "train"], "expected name=share"),
+        (["--splits", "train"], "as train=0.8"),
         (["--splits", "train=0.5", "val=0.2"], "add up to 1"),
-        (["--splits", "a/b=0.5", "val=0.5"], "expected a word"),
+        (["--splits", "a/b=0.5", "val=0.5"], "as train=0.8"),
         (["--group-by", "site"], "has no field 'site'"),
     ],
 )
