@@ -201,8 +201,9 @@ def test_one_line_and_exit_code_two(trained: Path, data: Path, command: Command,
 def test_everything_random_at_once_is_exact(
     data: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped mid-epoch and resumed: the real detector with denoising and dropout, drawn and mixed data from a worker."""
-    transforms = "[{name: random_flip}, {name: colour_jitter}, {name: iou_crop}, {name: mosaic, size: 64, until: 0.7}, {name: mixup}]"
+    """Stopped mid-epoch and resumed: the real detector with denoising and dropout, mixed data from a worker."""
+    colours = "{name: random_flip}, {name: colour_jitter}"
+    transforms = f"[{colours}, {{name: iou_crop}}, {{name: mosaic, size: 64, until: 0.7}}, {{name: mixup}}]"
     options = [
         "--cfg", data / "tiny.yaml", "data.num_workers=1", f"data.train.transforms={transforms}", "data.batch_size=4",
         "trainer.accumulation_steps=2", "model.dropout=0.1", "schedule.steps=5",
