@@ -52,7 +52,7 @@ class Mosaic(Occasional):
             shown = [min(side, self.size - at if after else at) for side, at, after in sides]
             cut = [0 if after else side - seen for (side, _, after), seen in zip(sides, shown, strict=True)]
             top, left = (at if after else at - seen for (_, at, after), seen in zip(sides, shown, strict=True))
-            part = _visible(resize(part, (height, width)), *cut, *shown, self.min_visible)
+            part = _visible(resize(part, (height, width)), cut[0], cut[1], shown[0], shown[1], self.min_visible)
             canvas[:, top : top + shown[0], left : left + shown[1]] = part.image
             boxes.append(part.boxes.as_subclass(Tensor) + torch.tensor([left, top] * 2))
             labels.append(part.labels)
