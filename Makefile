@@ -29,7 +29,11 @@ data/shapes/shapes.json: | $(BIN)/.installed
 quickstart: $(BIN)/.installed data/shapes/shapes.json
 	processes=$$($(BIN)/python -c "import os, torch; print(1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))") && \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $$processes main.py --cfg configs/quickstart.yaml --resume auto output_dir=$(RUN)
-	@echo "done: $(RUN)/predictions.png, $(RUN)/curves.png, $(RUN)/metrics.jsonl, $(RUN)/checkpoint_best.pth"
+	@echo
+	@echo "look at:   $(RUN)/predictions.png (targets beside predictions), $(RUN)/curves.png"
+	@echo "try next:  $(BIN)/python -m tools.explore $(RUN) --out explore      and open explore/index.html"
+	@echo "           $(BIN)/python main.py --cfg configs/quickstart.yaml criterion.classification=focal output_dir=runs/focal"
+	@echo "           $(BIN)/python -m tools.compare $(RUN) runs/focal"
 
 # Two worker processes with one thread each use two cores better than one process with two threads.
 test: $(BIN)/.installed

@@ -19,7 +19,7 @@ from engine import checkpoint, distributed, run_log
 from engine.coco_metrics import choose_backend
 from engine.evaluator import Evaluator
 from engine.runs import session
-from engine.runs.environment import describe_environment
+from engine.runs.environment import VERSION, describe_environment
 from engine.runs.run_directory import DETECTIONS, PREDICTIONS, RunDirectory, record_start
 from engine.runs.transfer import initialise_from
 from engine.step import OptimizerStep, configure_device
@@ -39,6 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", help="checkpoint to go on from (or to evaluate), or 'auto': output_dir's last one")
     parser.add_argument("--init-from", type=Path, help="take only weights from this file, heads by class name")
     parser.add_argument("--eval", action="store_true", help="evaluate the checkpoint, write nothing")
+    parser.add_argument("--version", action="version", version=f"align-detr {VERSION}")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the configuration")
     return parser.parse_intermixed_args(arguments)
 

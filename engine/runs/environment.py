@@ -9,12 +9,17 @@ import platform
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine import distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+VERSION: str = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+"""Of this project; pyproject.toml is where it is written."""
 
 PACKAGES = (
     "torch", "torchvision", "timm", "huggingface_hub", "numpy", "scipy", "pycocotools", "hotcoco", "pillow",
@@ -26,11 +31,12 @@ TORCHRUN_VARIABLES = ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_
 
 def describe_environment(seed: int, device: torch.device) -> dict[str, Any]:
     """Seed, command, source revision, versions and devices, as plain values."""
-    commit, dirty = _revision(Path(__file__).resolve().parent.parent)
+    commit, dirty = _revision(ROOT)
     return {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join([sys.executable, *sys.argv]),
         "seed": seed,
+        "version": VERSION,
         "commit": commit,
         "dirty": dirty,
         "python": platform.python_version(),
