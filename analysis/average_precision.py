@@ -7,6 +7,8 @@ needs no new matching: weights are enough. With equal weights the result is that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +28,8 @@ RECALLS: Floats = np.linspace(0, 1, 101)
 """At which COCO reads the precision."""
 
 
-class ClassDetections(NamedTuple):
+@dataclass(frozen=True)
+class ClassDetections:
     """All detections of one class, best first, at T thresholds."""
 
     image: Integers
@@ -39,6 +42,15 @@ class ClassDetections(NamedTuple):
     """[T, N] False for detections that are ignored."""
     objects: Integers
     """[I] objects of this class in each image, crowds not counted."""
+
+    @cached_property
+    def growth(self) -> list[tuple[Integers, Integers, Integers]]:
+        """At each threshold the [H] correct detections, where alone recall grows, the [J] ignored ones, and [H] how
+        many of these come before each of the former."""
+        found = [
+            (np.flatnonzero(right), np.flatnonzero(~c)) for right, c in zip(self.correct, self.counted, strict=True)
+        ]
+        return [(hits, ignored, np.searchsorted(ignored, hits, side="right")) for hits, ignored in found]
 
 
 class MatchedDataset(NamedTuple):
@@ -104,20 +116,21 @@ def class_precision(found: ClassDetections, weights: Floats | None = None) -> Fl
         found: detections of a class.
         weights: [I] how often each image counts; None for once.
     """
-    total = found.objects.sum() if weights is None else (found.objects * weights).sum()
+    total = found.objects.sum() if weights is None else found.objects @ weights
     if total <= 0:
         return None
     weight = np.ones(len(found.image)) if weights is None else weights[found.image]
-    right = (weight * found.correct).cumsum(axis=1)
-    all_counted = (weight * found.counted).cumsum(axis=1)
-    recall = right / total
-    precision = np.divide(right, all_counted, out=np.zeros_like(right), where=all_counted > 0)
-    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    result = np.zeros((len(recall), len(RECALLS)))
-    for t in range(len(recall)):
-        at = np.searchsorted(recall[t], RECALLS, side="left")
-        reached = at < recall.shape[1]
-        result[t, reached] = envelope[t, at[reached]]
+    seen = weight.cumsum()
+    result = np.zeros((len(found.correct), len(RECALLS)))
+    for t, (hits, ignored, ignored_before) in enumerate(found.growth):
+        right, all_counted = weight[hits].cumsum(), seen[hits]
+        if len(ignored):
+            all_counted = all_counted - np.concatenate([[0.0], weight[ignored].cumsum()])[ignored_before]
+        precision = np.divide(right, all_counted, out=np.zeros_like(right), where=all_counted > 0)
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+        at = np.searchsorted(right / total, RECALLS, side="left")
+        reached = at < len(hits)
+        result[t, reached] = envelope[at[reached]]
     return result
 
 

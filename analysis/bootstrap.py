@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analysis.average_precision import RECALLS, ClassDetections, MatchedDataset, without_tail
-from analysis.matching import Floats, Integers
+from analysis.average_precision import MatchedDataset, class_precision, without_tail
+from analysis.matching import Floats
 
 
 class Interval(NamedTuple):
@@ -25,49 +25,6 @@ def resamples(num_images: int, samples: int, seed: int = 0) -> Floats:
     return drawn.astype(np.float64)
 
 
-class _ClassHits(NamedTuple):
-    """A class, reduced to the detections at which recall grows: everywhere else precision can only fall."""
-
-    image: Integers
-    """[N] index of the image of each detection, best first."""
-    hits: list[Integers]
-    """At each threshold [H] the detections that are correct."""
-    ignored: list[Integers]
-    """At each threshold [J] the detections that are ignored."""
-    ignored_before: list[Integers]
-    """At each threshold [H] the number of ignored detections up to each hit."""
-    objects: Integers
-    """[I]."""
-
-
-def _class_hits(found: ClassDetections) -> _ClassHits:
-    hits = [np.flatnonzero(row) for row in found.correct]
-    ignored = [np.flatnonzero(~row) for row in found.counted]
-    before = [np.searchsorted(j, h, side="right") for j, h in zip(ignored, hits, strict=True)]
-    return _ClassHits(found.image, hits, ignored, before, found.objects)
-
-
-def _precision(found: _ClassHits, weights: Floats) -> Floats | None:
-    """[T] mean precision over recalls, with weights [I]; as :func:`average_precision.class_precision` has it."""
-    total = found.objects @ weights
-    if total <= 0:
-        return None
-    weight = weights[found.image]
-    seen = weight.cumsum()
-    result = np.zeros(len(found.hits))
-    for t, (hits, ignored, before) in enumerate(zip(found.hits, found.ignored, found.ignored_before, strict=True)):
-        if not len(hits):
-            continue
-        right, counted = weight[hits].cumsum(), seen[hits]
-        if len(ignored):
-            counted = counted - np.concatenate([[0.0], weight[ignored].cumsum()])[before]
-        precision = np.divide(right, counted, out=np.zeros_like(right), where=counted > 0)
-        envelope = np.maximum.accumulate(precision[::-1])[::-1]
-        at = np.searchsorted(right / total, RECALLS, side="left")
-        result[t] = envelope[at[at < len(hits)]].sum() / len(RECALLS)
-    return result
-
-
 def resampled_precision(dataset: MatchedDataset, weights: Floats) -> Floats:
     """[S, T] AP in percent at each threshold of IoU on each resample; NaN where a resample has no object.
 
@@ -75,12 +32,12 @@ def resampled_precision(dataset: MatchedDataset, weights: Floats) -> Floats:
         dataset: matched at T thresholds.
         weights: [S, I] how often each image counts in each resample.
     """
-    classes = [_class_hits(found) for found in without_tail(dataset).classes]
+    classes = without_tail(dataset).classes
     result = np.full((len(weights), len(dataset.classes[0].correct)), np.nan)
     for s, weight in enumerate(weights):
-        precisions = [p for found in classes if (p := _precision(found, weight)) is not None]
+        precisions = [p for found in classes if (p := class_precision(found, weight)) is not None]
         if precisions:
-            result[s] = 100 * np.mean(precisions, axis=0)
+            result[s] = 100 * np.mean(precisions, axis=(0, 2))
     return result
 
 
