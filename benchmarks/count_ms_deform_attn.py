@@ -17,11 +17,9 @@ Cycles are those of one multiprocessor if nothing but the count limited it: four
 
 from __future__ import annotations
 
-import argparse
 import collections
 import ctypes
 import importlib
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -31,8 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import frame
 from benchmarks import ms_deform_attn_cases as sizes
-from benchmarks.ms_deform_attn import RESULTS
 from benchmarks.sass import instructions_executed
 from ops.ms_deform_attn import cuda
 from ops.ms_deform_attn.arguments import Arguments
@@ -219,22 +217,20 @@ def show(row: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__)
     parser.add_argument("--architecture", type=int, default=90)
     parser.add_argument("--blocks", type=int, default=24, help="to execute of each launch")
     parser.add_argument("--case", choices=sizes.CASES, nargs="+", default=["encoder, grid"])
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32", "bfloat16"]
     )
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     arguments = parser.parse_args(argv)
     rows = []
     for case in arguments.case:
         for dtype in arguments.dtype:
             rows += measure(case, getattr(torch, dtype), arguments.architecture, arguments.blocks)
             print(*(show(row) for row in rows[-2:]), sep="\n", flush=True)
-    if arguments.save:
-        (RESULTS / f"{arguments.save}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    frame.save(arguments.save, {"rows": rows})
 
 
 if __name__ == "__main__":

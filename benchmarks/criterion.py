@@ -1,6 +1,6 @@
 """Matching and criterion, forward and backward, against the straightforward per-layer implementation of the tests.
 
-    python -m benchmarks.criterion [--threads 2] [--repeats 10] [--output results.json]
+    python -m benchmarks.criterion [--threads 2] [--repeats 10] [--save NAME]
 
 Prints milliseconds and ratios at L = 6 + encoder, B = 2, Q = 900, C = 80 for several numbers of targets G and
 candidates k, the share of matching, and how time and memory grow with G where images are crowded.
@@ -8,17 +8,11 @@ candidates k, the share of matching, and how time and memory grow with G where i
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
 import resource
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from benchmarks import frame
 from losses import IABCE, Criterion
 from matchers import Mixed, match_groups
 from structures import DetectorOutputs, Targets
@@ -30,25 +24,6 @@ COMPARED = ((7, 1), (7, 2), (7, 4), (30, 2), (100, 1), (100, 2), (100, 4))
 """(targets an image, candidates) at two images."""
 CROWDED = ((1, 1000, 1), (8, 300, 1), (8, 300, 2), (8, 300, 3))
 """(images, targets an image, candidates), measured without the oracle."""
-
-
-def milliseconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Shortest elapsed and processor time of each call; called in turn, so that all share what disturbs them.
-
-    Processor time counts all threads. On a machine that does other work, only its ratios mean anything.
-    """
-    elapsed: dict[str, list[float]] = {name: [] for name in runs}
-    processor: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start, start_processor = time.perf_counter(), time.process_time()
-            run()
-            if repeat:  # the first warms up
-                elapsed[name].append((time.perf_counter() - start) * 1e3)
-                processor[name].append((time.process_time() - start_processor) * 1e3)
-    return {f"{name}_ms": min(times) for name, times in elapsed.items()} | {
-        f"{name}_processor_ms": min(times) for name, times in processor.items()
-    }
 
 
 def case(images: int, targets: int) -> tuple[DetectorOutputs, Targets]:
@@ -84,7 +59,7 @@ def compare(targets: int, candidates: int, repeats: int) -> dict[str, float]:
         total, _ = criterion_oracle.criterion(outputs, ground_truth, "ia_bce", layers, TAU)
         torch.autograd.grad(total, leaves)
 
-    times = milliseconds(
+    times = frame.times_in_turn(
         {
             "ours": ours,
             "matching": lambda: match_groups(outputs.groups, matchers, candidates_of, ground_truth),
@@ -95,9 +70,15 @@ def compare(targets: int, candidates: int, repeats: int) -> dict[str, float]:
     return {
         "targets": targets,
         "candidates": candidates,
-        **times,
-        "ratio": times["oracle_ms"] / times["ours_ms"],
-        "processor_ratio": times["oracle_processor_ms"] / times["ours_processor_ms"],
+        **milliseconds(times),
+        "ratio": times["oracle"].elapsed / times["ours"].elapsed,
+        "processor_ratio": times["oracle"].processor / times["ours"].processor,
+    }
+
+
+def milliseconds(times: dict[str, frame.Times]) -> dict[str, float]:
+    return {f"{name}_ms": 1e3 * t.elapsed for name, t in times.items()} | {
+        f"{name}_processor_ms": 1e3 * t.processor for name, t in times.items()
     }
 
 
@@ -106,19 +87,17 @@ def crowded(images: int, targets: int, candidates: int, repeats: int) -> dict[st
     leaves = [leaf for group in outputs.groups.values() for leaf in group.prediction]
     config = Criterion(classification=IABCE(), matcher=Mixed(candidates=candidates), prime_sample_tau=TAU)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = milliseconds(
-        {"ours": lambda: torch.autograd.grad(config(outputs, ground_truth).total, leaves)}, max(2, repeats // 4)
-    )
+    run = {"ours": lambda: torch.autograd.grad(config(outputs, ground_truth).total, leaves)}
+    times = milliseconds(frame.times_in_turn(run, max(2, repeats // 4)))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return {"images": images, "targets": targets, "candidates": candidates, **times, "peak_growth_mib": grown}
 
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--repeats", type=int, default=12, help="timed calls (default 12)")
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON, with device and date")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
@@ -126,11 +105,7 @@ def main() -> None:
     compared = [show(compare(targets, k, arguments.repeats)) for targets, k in COMPARED]
     print("crowded images")
     large = [show(crowded(images, targets, k, arguments.repeats)) for images, targets, k in CROWDED]
-    if arguments.output:
-        device = f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}"
-        report = {"benchmark": "criterion", "device": device, "date": datetime.date.today().isoformat(),
-                  "compared": compared, "crowded": large}  # fmt: skip
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    frame.save(arguments.save, {**frame.machine(), "compared": compared, "crowded": large})
 
 
 def show(row: dict[str, float]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Data loading beside torchvision's own data set and transforms, COCO evaluation by each library, and start-up.
 
-    python -m benchmarks.data [--images 32] [--repeats 5] [--eval-images 300] [--annotated 10000] [--output FILE.json]
+    python -m benchmarks.data [--images 32] [--repeats 5] [--eval-images 300] [--annotated 10000] [--save NAME]
 
 Loading is measured in one process with one thread, in processor time, with DETR's augmentation at its published sizes;
 evaluation in wall-clock time on random detections, 100 an image over 80 classes; start-up, which is reading annotations
@@ -10,13 +10,10 @@ with polygons, in processor time and memory beyond what the imported libraries t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import datetime
 import io
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,6 +26,7 @@ import torch
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
+from benchmarks import frame
 from datasets import CocoConfig, DataConfig
 from datasets.shapes import ShapesConfig, generate
 from datasets.transforms import DETRMultiScale, RandomFlip
@@ -36,18 +34,6 @@ from engine.coco_metrics import box_metrics, choose_backend, read_ground_truth
 
 BATCH = 2
 CLASSES, OBJECTS, DETECTIONS = 80, 7, 100
-
-
-def best_times(runs: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Shortest time of each call in seconds, in turn, so that all share what else the machine does."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = clock()
-            run()
-            if repeat:  # the first warms up
-                times[name].append(clock() - start)
-    return {name: min(measured) for name, measured in times.items()}
 
 
 def torchvision_pipeline(root: Path) -> Callable[[], object]:
@@ -108,8 +94,8 @@ def measure_loading(images: int, repeats: int) -> dict[str, float]:
             "ours": lambda: [step[0].images.pixels.shape for step in loader.iterate(next(epoch))],
             "torchvision": torchvision_pipeline(root),
         }
-        times = best_times(runs, repeats, time.process_time)
-    return {f"{name}_images_per_core_second": images / seconds for name, seconds in times.items()}
+        times = frame.times_in_turn(runs, repeats)
+    return {f"{name}_images_per_core_second": images / t.processor for name, t in times.items()}
 
 
 def measure_evaluation(images: int, repeats: int) -> dict[str, float]:
@@ -135,7 +121,7 @@ def measure_evaluation(images: int, repeats: int) -> dict[str, float]:
     runs: dict[str, Callable[[], object]] = {"pycocotools": lambda: box_metrics(truth, rows, "pycocotools")}
     if choose_backend("auto") == "hotcoco":
         runs["hotcoco"] = lambda: box_metrics(truth, rows, "hotcoco")
-    return {f"{name}_seconds": seconds for name, seconds in best_times(runs, repeats, time.perf_counter).items()}
+    return {f"{name}_seconds": t.elapsed for name, t in frame.times_in_turn(runs, repeats).items()}
 
 
 READERS = {
@@ -210,12 +196,11 @@ def measure_startup(images: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__)
     parser.add_argument("--images", type=int, default=32, help="images to load (default 32)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs (default 5)")
     parser.add_argument("--eval-images", type=int, default=300, help="images to evaluate (default 300)")
     parser.add_argument("--annotated", type=int, default=10_000, help="images in the file that is read (default 10000)")
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON, with device and date")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -230,11 +215,7 @@ def main() -> None:
     print(f"  pycocotools {slow:.2f} s, {compared}")
     print(f"reading annotations of {arguments.annotated} images, memory beyond imported libraries")
     startup = measure_startup(arguments.annotated)
-    if arguments.output:
-        device = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
-        report = {"benchmark": "data", "device": device, "date": datetime.date.today().isoformat(),
-                  "loading": loading, "evaluation": evaluation, "startup": startup}  # fmt: skip
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    frame.save(arguments.save, {**frame.machine(), "loading": loading, "evaluation": evaluation, "startup": startup})
 
 
 if __name__ == "__main__":

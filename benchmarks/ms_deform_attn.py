@@ -10,25 +10,20 @@ On a machine that others use too, --busy takes processor time, of one thread. Re
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import frame
 from benchmarks import ms_deform_attn_cases as sizes
 from benchmarks.ms_deform_attn_cases import CASES, CHANNELS, HEADS, POINTS, Inputs, make_inputs
 from benchmarks.ms_deform_attn_peers import Deterministic, Run, implementations, ours
-from ops.ms_deform_attn import describe_backend
 
 GRAPH_CALLS = 10
-RESULTS = Path(__file__).parent / "results"
 L1_BYTES_PER_CLOCK = 128
 """Of one multiprocessor, every architecture since Volta."""
 
@@ -189,32 +184,9 @@ def show(row: Row) -> str:
     return " ".join(columns)
 
 
-def machine(device: str) -> dict[str, object]:
-    """What the numbers depend on."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        names = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor,
-        "threads": torch.get_num_threads(),
-        "backend": describe_backend(device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def results_file(benchmark: str, about: dict[str, object], mode: str = "") -> Path:
-    """Where a benchmark's results go, by machine and date."""
-    device = "".join(c if c.isalnum() else " " for c in str(about["device"]))
-    return RESULTS / f"{benchmark}-{'-'.join(device.split()[:3]).lower()}{mode}-{about['date']}.json"
-
-
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32"])
     parser.add_argument("--rounds", type=int, default=10)
@@ -224,7 +196,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.busy:
         torch.set_num_threads(1)
-    about = {**machine(arguments.device), "clock": "processor" if arguments.busy else "wall"}
+    about = {**frame.machine(arguments.device), "clock": "processor" if arguments.busy else "wall"}
     print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
     print("x: faster than the reference; GB/s of taps; floor: share of the L1 floor; errors of output and grad_value")
     print(
@@ -233,19 +205,17 @@ def main() -> None:
     )
     rows: list[Row] = []
     failures: list[str] = []
-    path = results_file("ms_deform_attn", about, "-busy" if arguments.busy else "")
+    own = frame.results_name("ms_deform_attn", about, "-busy" if arguments.busy else "")
+    name_of_results = None if arguments.no_save else arguments.save or own
     for case in CASES:
         for form in ("fused", "unfused"):
             for name in arguments.dtype:
                 found = measure(case, form, getattr(torch, name), arguments, failures)
                 print(*map(show, found), sep="\n", flush=True)
                 rows += found
-                if not arguments.no_save:  # each time, lest an end of time or an error take all
-                    RESULTS.mkdir(exist_ok=True)
-                    result = {**about, "left_out": failures, "rows": [asdict(row) for row in rows]}
-                    path.write_text(json.dumps(result, indent=1) + "\n")
-    if not arguments.no_save:
-        print("saved", path.name)
+                frame.save(name_of_results, {**about, "left_out": failures, "rows": [asdict(row) for row in rows]})
+    if name_of_results:
+        print(f"saved {name_of_results}.json")
 
 
 if __name__ == "__main__":

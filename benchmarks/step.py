@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import multiprocessing
 import resource
 import time
@@ -25,7 +24,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import config
-from benchmarks.ms_deform_attn import RESULTS, machine
+from benchmarks import frame
 from engine.step import OptimizerStep
 from ops.ms_deform_attn import available_backends, set_default_backend
 from structures import Batch, BatchSize, Images, Targets
@@ -171,7 +170,7 @@ def peak_mib(name: str, arguments: argparse.Namespace) -> float:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__)
     parser.add_argument("--cfg", default="configs/dino_r50_12ep.yaml", help="YAML file (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the YAML file")
     parser.add_argument("--infer", action="store_true", help="inference instead of a training step")
@@ -185,7 +184,6 @@ def main() -> None:
         "--peer", nargs="+", default=[], help="transformers, or module:function(cfg, batch, infer, dtype)"
     )
     parser.add_argument("--busy", action="store_true", help="processor time instead of time, for a machine in use")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     arguments = parser.parse_args()
     names = [*(arguments.backends or [arguments.device]), *arguments.peer]
     rows: dict[str, dict[str, Any]] = {}
@@ -216,9 +214,7 @@ def main() -> None:
             f"{name:24} {row['operations']:10d} {row['reads']:6d} {row['seconds']:9.3f} {first / row['seconds']:11.2f}x"
             f" {row['memory_mib']:15.0f} MiB"
         )
-    if arguments.save:
-        result = {**machine(arguments.device), "arguments": vars(arguments), "rows": rows}
-        (RESULTS / f"{arguments.save}.json").write_text(json.dumps(result, indent=1) + "\n")
+    frame.save(arguments.save, {**frame.machine(arguments.device), "arguments": vars(arguments), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ of the fused form at the sizes of ``benchmarks.ms_deform_attn``. Results go to b
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import json
 import multiprocessing
 import re
 import time
@@ -23,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import frame
 from benchmarks import ms_deform_attn_cases as sizes
-from benchmarks.ms_deform_attn import machine, prepare, results_file, step
+from benchmarks.ms_deform_attn import prepare, step
 from benchmarks.ms_deform_attn_cases import CHANNELS, HEADS, POINTS, make_inputs
 from benchmarks.ms_deform_attn_peers import Deterministic, ours
 from ops.ms_deform_attn import cuda, cuda_compile
@@ -172,7 +171,7 @@ def flat(result: object) -> list[Tensor]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32", "bfloat16"]
     )
@@ -188,9 +187,8 @@ def main() -> None:
             continue
         found = measure(case, dtype, arguments.rounds)
         rows += found
-        about = machine("cuda")
-        path = results_file("tune_ms_deform_attn", about)
-        path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")  # each time: the next may be cut off
+        about = frame.machine("cuda")
+        frame.save(arguments.save or frame.results_name("tune_ms_deform_attn", about), {**about, "rows": rows})
         for what, group in itertools.groupby(found, key=lambda row: row["what"]):
             for place, row in enumerate(group):
                 if place < arguments.top or row["variant"] == "default":

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import frame, ms_deform_attn_cases, ms_deform_attn_peers, tune_ms_deform_attn
 from benchmarks import ms_deform_attn as benchmark
-from benchmarks import ms_deform_attn_cases, ms_deform_attn_peers, tune_ms_deform_attn
 from ops.ms_deform_attn import available_backends, ms_deform_attn
 
 
@@ -20,7 +20,7 @@ def test_benchmark_at_a_small_size(
 ) -> None:
     monkeypatch.setattr(ms_deform_attn_cases, "SHAPES", [(6, 7), (3, 4)])
     monkeypatch.setattr(ms_deform_attn_cases, "DECODER_QUERIES", 5)
-    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(frame, "RESULTS", tmp_path)
     monkeypatch.setattr(
         sys,
         "argv",
