@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +17,7 @@ from former_keys import modernise
 from losses import Criterion
 from models import AnyDetector, DINOConfig
 from schema import KeyPathError, decode, merge, plain
+from strict_yaml import ConfigError, Dumper, read_chain, read_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,53 +54,6 @@ class Config:
             object.__setattr__(self, "data", data)
 
 
-class ConfigError(ValueError):
-    """A configuration that a user has to correct; the message names file, key and what is known instead."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # one line, whatever was quoted in it
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's core schema, with duplicate keys refused and merge keys (``<<``) allowed.
-
-    YAML 1.1, which PyYAML reads, takes ``010`` for 8, ``12:30`` for 750, ``no`` for false and ``2025-11-25`` for
-    a date.
-    """
-
-    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - as PyYAML declares it
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"line {key.start_mark.line + 1}: a key must be a word, found a list or mapping")
-            if key.value in seen:
-                raise ConfigError(f"line {key.start_mark.line + 1}: duplicate key '{key.value}'")
-            seen.add(key.value)
-        return node
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what the loader, or YAML 1.1, would take for something else than text."""
-
-
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
-for _kind, _pattern in {
-    "null": "~|null|Null|NULL|",
-    "bool": "true|True|TRUE|false|False|FALSE",
-    "int": "[-+]?[0-9]+|0o[0-7]{1,20}|0x[0-9a-fA-F]{1,15}",
-    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-    "merge": "<<",
-}.items():
-    for _class in (_StrictLoader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})\\Z"), None)
-
-
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (with its chain of ``base:`` files), apply ``key.path=value`` overrides and decode.
 
@@ -112,7 +64,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: in one line, naming the file (or "command line"), the key and the nearest known key.
     """
-    layers = list(_read_chain(Path(path), ())) if path is not None else []
+    layers = _layers(Path(path)) if path is not None else []
     return _decode_layers([*layers, *_read_overrides(overrides)])
 
 
@@ -128,41 +80,19 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """YAML of every key, sufficient to repeat the run."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=120)
+    return yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, width=120)
 
 
-def _read_chain(path: Path, below: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The files of a ``base:`` chain, the deepest base first; of several bases, later ones win."""
-    if path.resolve() in below:
-        raise ConfigError(f"{path}: 'base' files form a circle")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file in UTF-8") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    except (ValueError, LookupError) as error:  # ConfigError among them; the others from `!!int x` and the like
-        raise ConfigError(f"{path}: {error}") from error
-    except RecursionError:
-        raise ConfigError(f"{path}: not valid YAML: nested without end") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
-    base = values.pop("base", None)
-    for name in base if isinstance(base, list) else [] if base is None else [base]:
-        if not isinstance(name, str):
-            raise ConfigError(f"{path}: 'base' must be a file name or a list of them, relative to this file")
-        yield from _read_chain(path.parent / os.path.expanduser(name), (*below, path.resolve()))
-    yield str(path), values
+def _layers(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The files of a ``base:`` chain, the deepest base first."""
+    return [(str(source), values) for source, values in read_chain(path)]
 
 
 def _read_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The command line's layers: ``base=FILE`` lays a whole file over what came before, such as a form of a loss."""
     for text in overrides:
         if text.startswith("base="):
-            yield from _read_chain(Path(text.removeprefix("base=")), ())
+            yield from _layers(Path(text.removeprefix("base=")))
         else:
             yield text, _parse_override(text)
 
@@ -171,30 +101,10 @@ def _parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key or any(not part for part in key.split(".")):
         raise ConfigError(f"override '{text}': expected key.path=value")
-    values: Any
-    try:
-        node = yaml.compose(value, _StrictLoader)
-        is_word = node is None or (isinstance(node, yaml.ScalarNode) and node.style is None)
-        values = None if is_word else yaml.load(value, _StrictLoader)
-    except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:
-        if value.lstrip()[:1] in tuple("[{\"'&*!|>"):
-            raise ConfigError(f"override '{text}': the value is not valid YAML") from error
-        is_word = True
-    if is_word:
-        # Of one word, all is meant: the shell has taken quotes away, and `runs/a #1` has no comment.
-        values = _read_word(value.strip(), f"override '{text}'")
+    values = read_value(value, f"override '{text}'")
     for part in reversed(key.split(".")):
         values = {part: values}
     return typing.cast(dict[str, Any], values)
-
-
-def _read_word(word: str, source: str) -> Any:
-    """A number, true, false, null or else text."""
-    loader = _StrictLoader("")
-    try:
-        return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, word, (True, False)), word))
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from error
 
 
 def _decode_layers(layers: Sequence[tuple[str, dict[str, Any]]]) -> Config:

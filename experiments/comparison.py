@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
 from engine.runs.run_directory import METRICS
 from experiments.plan import Decode, Plan, read_manifest, short_keys, without_machine
 from experiments.runs import Run, find_runs, read_run
+from strict_yaml import read_value
 
 At = Literal["last", "best"]
 SEED = "seed"
@@ -215,10 +214,7 @@ def _fits(candidate: Group, part: str) -> bool:
     key, separator, value = part.partition("=")
     if not separator:
         return candidate.variant == part
-    try:
-        wanted = _comparable(float(value))
-    except ValueError:
-        wanted = _comparable(yaml.safe_load(value))
+    wanted = _comparable(read_value(value, "baseline"))
     return any(
         (own == key or own.endswith(f".{key}")) and (_comparable(found) == wanted or text_of(found) == value)
         for own, found in candidate.settings.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from experiments.grid import Grid, check_distinct, parse_axis
+from strict_yaml import read_chain
 
 KEYS = ("base", "cfg", "baseline", "overrides", "variants", "grid", "declared")
 
@@ -46,24 +47,13 @@ class Sweep:
         return replace(self, overrides=overrides, grid=grid)
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise ValueError(f"line {node.value[i][0].start_mark.line + 1}: duplicate key '{key}'")
-        return super().construct_mapping(node, deep)
-
-
 def read_sweep(path: Path) -> Sweep:
     """Read a sweep file; with ``base``, its keys replace those of another sweep file.
 
     Raises:
         ValueError: it cannot be read, has unknown keys or values of the wrong kind, or names no configuration.
     """
-    values = _read_values(path, ())
+    values = _read_values(path)
     if "cfg" not in values:
         raise ValueError(f"{path}: 'cfg', the configuration to vary, is missing")
     variants = {
@@ -93,29 +83,19 @@ def read_sweep(path: Path) -> Sweep:
     )
 
 
-def _read_values(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    """Lay the file's top-level keys over those of its base; paths are made relative to the working directory."""
-    if path.resolve() in below:
-        raise ValueError(f"{path}: 'base' files form a circle")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read the sweep ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    values = dict(_mapping(values, str(path)))
-    for key in values:
-        if key not in KEYS:
-            raise ValueError(f"{path}: unknown key '{key}', known: {', '.join(KEYS)}")
-    for key in ("base", "cfg"):
-        if key in values:
-            if not isinstance(values[key], str):
-                raise ValueError(f"{path}: {key}: expected one file name, relative to this file")
-            values[key] = _shortened(path.parent / values[key])
-    base = values.pop("base", None)
-    return values if base is None else {**_read_values(base, (*below, path.resolve())), **values}
+def _read_values(path: Path) -> dict[str, Any]:
+    """Lay the file's top-level keys over those of its bases; ``cfg`` is made relative to the working directory."""
+    result: dict[str, Any] = {}
+    for source, values in read_chain(path):
+        for key in values:
+            if key not in KEYS:
+                raise ValueError(f"{source}: unknown key '{key}', known: {', '.join(KEYS)}")
+        if "cfg" in values:
+            if not isinstance(values["cfg"], str):
+                raise ValueError(f"{source}: cfg: expected one file name, relative to this file")
+            values["cfg"] = _shortened(source.parent / values["cfg"])
+        result |= values
+    return result
 
 
 def _shortened(path: Path) -> Path:

@@ -148,7 +148,7 @@ def test_numbers_in_every_notation(tmp_path):
         ),
         ("criterion: {groups: {decoder: {matcher: {name: mixed, cost: softmax}}}}", [], "matching cost softmax is not"),
         ("op_backend: gpu", [], "op_backend: expected one of auto, reference, cpu, cuda, found 'gpu'"),
-        ("base: nowhere.yaml", [], r"nowhere\.yaml: cannot read the configuration"),
+        ("base: nowhere.yaml", [], r"nowhere\.yaml: cannot be read"),
         ("base: run.yaml", [], "circle"),
     ],
 )

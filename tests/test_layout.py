@@ -20,7 +20,7 @@ PACKAGES = (
     "tools",
     "benchmarks",
 )
-MODULES = ("main", "config", "schema", "former_keys", "structures")
+MODULES = ("main", "config", "schema", "strict_yaml", "former_keys", "structures")
 ALLOWED = {
     "structures": set(),
     "ops": {"structures"},
@@ -30,10 +30,22 @@ ALLOWED = {
     "losses": {"structures", "ops", "matchers"},
     "engine": {"structures", "ops"},
     "analysis": {"structures", "ops", "engine"},
-    "experiments": {"structures", "ops", "engine", "analysis"},
+    "experiments": {"structures", "strict_yaml", "ops", "engine", "analysis"},
     "schema": set(),
+    "strict_yaml": set(),
     "former_keys": set(),
-    "config": {"structures", "schema", "former_keys", "ops", "models", "matchers", "losses", "datasets", "engine"},
+    "config": {
+        "structures",
+        "schema",
+        "strict_yaml",
+        "former_keys",
+        "ops",
+        "models",
+        "matchers",
+        "losses",
+        "datasets",
+        "engine",
+    },
 }
 SOURCES = [ROOT / f"{name}.py" for name in MODULES] + sorted(
     p for name in PACKAGES for p in (ROOT / name).rglob("*.py")

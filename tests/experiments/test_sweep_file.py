@@ -38,7 +38,7 @@ grid: {seed: 0..2, a.b: [0.5, [1, 2], null]}
     assert sweep.overrides == {"trainer.log_every": "10", "criterion.prime_sample_tau": "null"}
     assert sweep.variants == {
         "plain": {},
-        "mixed": {"criterion.matcher": "{name: mixed, candidates: 2}", "optimizer.lr": "1e-4"},
+        "mixed": {"criterion.matcher": "{name: mixed, candidates: 2}", "optimizer.lr": "0.0001"},
     }
     assert sweep.grid == {"seed": ["0", "1", "2"], "a.b": ["0.5", "[1, 2]", "null"]}
 
@@ -78,9 +78,9 @@ def test_the_command_line_comes_on_top(tmp_path):
         ("cfg: a\nvariants: {v: {}, v: {x: 1}}", "line 2: duplicate key 'v'"),
         ("cfg: [a]\ngrid: {seed: [0]}", "cfg: expected one file name"),
         ("cfg: a\ngrid: {seed: [0]", "not valid YAML"),
-        ("", "expected a mapping of keys"),
+        ("", "'cfg', the configuration to vary, is missing"),
         ("base: sweep.yaml", "circle"),
-        ("base: nowhere.yaml", r"nowhere\.yaml: cannot read the sweep"),
+        ("base: nowhere.yaml", r"nowhere\.yaml: cannot be read"),
     ],
 )
 def test_errors_name_file_and_reason(tmp_path, text, words):
@@ -88,3 +88,10 @@ def test_errors_name_file_and_reason(tmp_path, text, words):
         read_sweep(write(tmp_path, text))
     assert ".yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_words_mean_what_they_mean_in_a_configuration(tmp_path):
+    text = "cfg: a\noverrides: {a: no, b: 010, c: 12:30, d: 1e-5}\ngrid: {e: [on, 0o10]}"
+    sweep = read_sweep(write(tmp_path, text))
+    assert sweep.overrides == {"a": "no", "b": "10", "c": "12:30", "d": "1.0e-05"}
+    assert sweep.grid == {"e": ["on", "8"]}

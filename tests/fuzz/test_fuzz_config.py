@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import config
+import strict_yaml
 from config import Config, ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -95,5 +96,5 @@ def test_overrides(override: str) -> None:
 @many
 @given(text=st.one_of(st.sampled_from(WORDS), st.text(st.characters(exclude_categories=["Cs"]), max_size=20)))
 def test_any_text_is_written_and_read_again(text: str) -> None:
-    written = yaml.dump({text: [text]}, Dumper=config._Dumper)
-    assert yaml.load(written, config._StrictLoader) == {text: [text]}
+    written = yaml.dump({text: [text]}, Dumper=strict_yaml.Dumper)
+    assert yaml.load(written, strict_yaml.StrictLoader) == {text: [text]}
