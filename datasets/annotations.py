@@ -30,7 +30,7 @@ from ops.coco_columns import (
     ImageEntry,
     whole_number,
 )
-from ops.coco_file import CocoFile, read_coco_file
+from ops.coco_file import CocoFile
 
 MAX_EXAMPLES = 5
 
@@ -125,16 +125,6 @@ class PackedAnnotations(NamedTuple):
             self.boxes[of_kept],
             self.labels[of_kept],
         )
-
-
-def read_annotation_file(path: Path | str) -> CocoFile:
-    """What detection needs of a COCO annotation file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not COCO JSON.
-    """
-    return read_coco_file(path)
 
 
 def read_categories(content: CocoFile, path: Path | str) -> tuple[Category, ...]:
@@ -232,7 +222,7 @@ def _can_be_written(name: str) -> bool:
 def pack_annotations(
     content: CocoFile, path: Path | str, categories: tuple[Category, ...]
 ) -> tuple[PackedAnnotations, CleaningReport]:
-    """Cleans what ``read_annotation_file`` returned and packs it.
+    """Cleans what ``ops.coco_file.read_coco_file`` returned and packs it.
 
     Dropped: boxes that are missing, not finite, of zero area or outside the image, crowds, boxes of unknown categories
     or images, and exact repetitions. Boxes that reach beyond the image are clipped. Images without boxes are kept.

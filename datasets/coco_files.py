@@ -17,14 +17,13 @@ from datasets.annotations import (
     CleaningReport,
     PackedAnnotations,
     pack_annotations,
-    read_annotation_file,
     read_categories,
 )
 from datasets.image_files import absent_files, explain_absence
 from datasets.unlabelled import PackedUnlabelled, read_unlabelled
 from ops.annotation_cache import shared
 from ops.coco_columns import NO_CATEGORY_ID
-from ops.coco_file import CocoFile
+from ops.coco_file import CocoFile, read_coco_file
 
 Split = Literal["train", "val"]
 
@@ -155,7 +154,7 @@ def _read(
     """The categories, annotations and findings of a file; large ones are shared by the processes of a machine."""
 
     def make() -> dict[str, Any]:
-        content = read_annotation_file(path)
+        content = read_coco_file(path)
         own = read_categories(content, path)
         if expected is not None:
             _check_categories(own, expected, content, path)

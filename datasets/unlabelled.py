@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.annotations import Category, PackedAnnotations, read_annotation_file
+from datasets.annotations import Category, PackedAnnotations
 from datasets.box_cleaning import CLIPPED, clean_boxes
 from ops.annotation_cache import shared
 from ops.coco_columns import ImageEntry, is_integer, whole_number
+from ops.coco_file import read_coco_file
 
 
 class PackedUnlabelled(NamedTuple):
@@ -41,7 +42,7 @@ def read_unlabelled(path: str, packed: PackedAnnotations, categories: tuple[Cate
     """
 
     def make() -> dict[str, Tensor]:
-        content = read_annotation_file(path)
+        content = read_coco_file(path)
         sizes, ids = packed.sizes.numpy().astype(np.int64), np.array([category.id for category in categories])
         only_crowds = content.annotations._replace(crowd=~content.annotations.crowd)
         boxes, _ = clean_boxes(only_crowds, packed.image_ids.numpy(), sizes, ids, path)

@@ -23,10 +23,11 @@ from torch import Tensor
 import config as configuration
 from config import Config
 from datasets import Category
-from datasets.annotations import read_annotation_file, read_categories
+from datasets.annotations import read_categories
 from engine import checkpoint
 from engine.whole_files import replacing
 from models import DetectorConfig
+from ops.coco_file import read_coco_file
 from schema import plain
 from tools import console
 from tools.checkpoint_layouts import Conversion, convert
@@ -159,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     categories = None
     if options.categories is not None:
-        categories = read_categories(read_annotation_file(options.categories), options.categories)
+        categories = read_categories(read_coco_file(options.categories), options.categories)
     conversion, config = import_checkpoint(
         options.checkpoint, options.entry, categories, options.leave_out, options.overrides
     )

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from datasets.annotations import read_annotation_file
 from datasets.image_files import EXTENSIONS, image_files
 from datasets.images import UnreadableImageError
 from engine.lettering import lettered
 from engine.pictures import COLOURS
 from engine.whole_files import replacing
 from ops.coco_columns import is_integer, whole_number
+from ops.coco_file import read_coco_file
 from structures import Detections
 from tools import console
 from tools.detector import Detector, to_pixels
@@ -128,7 +128,7 @@ def image_numbers(sources: Sequence[Source], annotations: Path | None) -> list[i
     if annotations is None:
         return list(range(1, len(sources) + 1))
     listed: dict[str, list[int]] = defaultdict(list)
-    for image in read_annotation_file(annotations).images:
+    for image in read_coco_file(annotations).images:
         if is_integer(number := whole_number(image.id)):
             listed[str(image.file_name)].append(number)
     missing = [source.name for source in sources if len(set(listed[source.name.as_posix()])) != 1]

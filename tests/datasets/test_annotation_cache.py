@@ -29,7 +29,7 @@ def cached(make_folder, tmp_path, monkeypatch):
             file.write("x")
         return read_coco_file(path)
 
-    monkeypatch.setattr(coco_files, "read_annotation_file", read)
+    monkeypatch.setattr(coco_files, "read_coco_file", read)
     monkeypatch.setattr(coco_metrics, "read_coco_file", read)
     folder = make_folder()
     folder.add(10, [5, 5, 0, 10])

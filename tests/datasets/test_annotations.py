@@ -11,12 +11,11 @@ from datasets.annotations import (
     MAX_EXAMPLES,
     Category,
     pack_annotations,
-    read_annotation_file,
     read_categories,
 )
 from engine.coco_metrics import read_ground_truth
 from engine.evaluator import Evaluator
-from ops.coco_file import from_content
+from ops.coco_file import from_content, read_coco_file
 from structures import Detections
 
 CATEGORIES = (Category(4, "cat"), Category(9, "dog"))
@@ -200,7 +199,7 @@ def test_other_files_are_refused(tmp_path, text, message):
     path = tmp_path / "a.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message) as error:
-        read_annotation_file(path)
+        read_coco_file(path)
     assert "\n" not in str(error.value)
 
 
@@ -208,7 +207,7 @@ def test_segmentations_are_not_kept(tmp_path):
     path = tmp_path / "a.json"
     content = {"images": [image()], "annotations": [box(1, GOOD, segmentation=[[1.0] * 1000])]}
     path.write_text(json.dumps(content))
-    assert read_annotation_file(path).annotations.boxes_xywh.tolist() == [GOOD]
+    assert read_coco_file(path).annotations.boxes_xywh.tolist() == [GOOD]
 
 
 def test_the_report_keeps_few_examples():
@@ -312,7 +311,7 @@ def test_training_and_evaluation_read_a_flag_alike(tmp_path, flag, crowd, findin
     }
     path = tmp_path / "a.json"
     path.write_text(json.dumps(content))
-    packed, report = pack_annotations(read_annotation_file(path), path, CATEGORIES)
+    packed, report = pack_annotations(read_coco_file(path), path, CATEGORIES)
     assert len(packed.labels) == 2 - crowd
     assert [line for line in report.lines() if finding and finding in line] == [
         line for line in report.lines() if "crowd, dropped" not in line

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import fuzzing, mutated
 
-from datasets.annotations import pack_annotations, read_annotation_file, read_categories
+from datasets.annotations import pack_annotations, read_categories
 from engine.coco_metrics import read_ground_truth
 from ops import coco_file
 from ops.coco_columns import AnnotationColumns, annotation_columns
-from ops.coco_file import from_content
+from ops.coco_file import from_content, read_coco_file
 
 PIECES = (16, 100, 700, 2**23)
 """Bytes of a piece: smaller than an entry, of about one, of several, larger than the file."""
@@ -84,7 +84,7 @@ def test_files_are_read_as_a_whole_would_be_or_refused_in_one_line(path: Path, d
         whole = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coco_file, "PIECE", piece)
-        found = outcome(read_annotation_file, path)
+        found = outcome(read_coco_file, path)
     assert path.read_bytes() == data
     if isinstance(found, str):
         assert whole is None
@@ -116,4 +116,4 @@ def test_brackets_of_the_wrong_kind_are_not_skipped(path: Path, change: tuple[by
     path.write_bytes(ORIGINALS[0].replace(*change, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coco_file, "PIECE", piece)
-        assert "is not a JSON file" in outcome(read_annotation_file, path)
+        assert "is not a JSON file" in outcome(read_coco_file, path)
