@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from analysis.best_regressed import best_regressed
 from analysis.detections_file import ImageInfo
 from analysis.matching import Floats, ImageObjects
-from analysis.pages import Picture, bare, draw_box, show
-from analysis.style import COLOURS, COLUMN, FONT, MARKERS, drawing
+from analysis.style import COLOURS, COLUMN, FONT, MARKERS, Picture, bare, draw_box, drawing, show
 from ops.boxes import cxcywh_to_xyxy
-from structures import Looking
+from structures import Looking, map_tensors
 
 CROP = 2.6
 """Side of what is shown of an image, in longer sides of the target; more where points lie beyond it."""
@@ -25,6 +26,23 @@ _AREA = 120.0
 """Of a point with all the attention, in square points; those without any have ``_LEAST_AREA``."""
 _LEAST_AREA = 3.5
 _TARGET, _PREDICTION = "#F0E442", "black"
+
+
+@contextmanager
+def recorded(attention: nn.Module) -> Iterator[list[Looking]]:
+    """While it is open, every call of ``attention`` adds to the list where the queries look; tensors on the host."""
+    found: list[Looking] = []
+
+    def hook(module: Any, arguments: tuple[Any, ...]) -> None:
+        with torch.no_grad():
+            looking = module.looking(*arguments)
+        found.append(map_tensors(looking, torch.Tensor.cpu))
+
+    handle = attention.register_forward_pre_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 class ChosenTarget(NamedTuple):

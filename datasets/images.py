@@ -52,7 +52,7 @@ _DECODER_ERRORS = (
 _EXIF_ORIENTATION = 0x0112
 
 
-class UnreadableImageError(Exception):
+class UnreadableImageError(ValueError):
     """An image file that cannot be used; its message names the file and the reason."""
 
 

@@ -22,12 +22,18 @@ from torch import Tensor
 import config
 from analysis.detections_file import ImageInfo, annotated_images
 from analysis.figures import draw_all
-from analysis.looking import ChosenTarget, LookingQuery, LookingRow, chosen_targets, draw_sampling, looking_query
+from analysis.looking import (
+    ChosenTarget,
+    LookingQuery,
+    LookingRow,
+    chosen_targets,
+    draw_sampling,
+    looking_query,
+    recorded,
+)
 from analysis.matching import Floats, ImageDetections
-from analysis.pages import Picture
 from analysis.report import Observation, as_json, headline, make_report, observe
-from analysis.sampling import recorded
-from analysis.style import COLOURS
+from analysis.style import COLOURS, Picture
 from datasets import CocoDataset
 from datasets.images import UnreadableImageError
 from engine import checkpoint, distributed

@@ -19,7 +19,7 @@ from analysis.looking import (
     looking_query,
 )
 from analysis.matching import ImageObjects
-from analysis.pages import Picture
+from analysis.style import Picture
 from structures import Looking
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from analysis.sampling import recorded
+from analysis.looking import recorded
 from models import AnyDetector
 from models.parts.attention import DeformableAttention, MemoryAttention
 from models.parts.memory import Memory, pixel_centres

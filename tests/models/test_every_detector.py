@@ -11,7 +11,7 @@ from family import FAMILY, criterion_for
 from torch import Tensor
 
 import schema
-from analysis.sampling import recorded
+from analysis.looking import recorded
 from models import AnyDetector
 from ops.boxes import cxcywh_to_xyxy
 from structures import DetectorOutputs, Images, LossOutput, Targets

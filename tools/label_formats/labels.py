@@ -7,8 +7,6 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.images import Header, UnreadableImageError, read_header
-
 
 class LabelledBox(NamedTuple):
     """One object."""
@@ -55,11 +53,3 @@ def parse_number(text: str) -> float:
     if not math.isfinite(number) or "_" in text:
         raise ValueError(f"{text!r} is not a number")
     return number
-
-
-def image_header(path: Path) -> Header:
-    """``read_header`` with an error that a user can mend."""
-    try:
-        return read_header(path)
-    except UnreadableImageError as error:
-        raise ValueError(str(error)) from error

@@ -11,8 +11,9 @@ from typing import Literal
 
 from datasets.annotations import CleaningReport
 from datasets.image_files import EXTENSIONS, image_files
+from datasets.images import read_header
 from ops.coco_columns import CROWD_UNCLEAR, read_flag
-from tools.label_formats.labels import LabelledBox, LabelledFile, image_header, parse_number, read_text
+from tools.label_formats.labels import LabelledBox, LabelledFile, parse_number, read_text
 
 Difficult = Literal["keep", "crowd", "drop"]
 
@@ -167,7 +168,7 @@ class _ImageIndex:
 
 def _true_size(path: Path, stated: tuple[int, int] | None, report: CleaningReport) -> tuple[int, int]:
     """(height, width) that the boxes refer to: of the pixels as stored, or turned upright where the XML says so."""
-    header = image_header(path)
+    header = read_header(path)
     stored = (header.height, header.width)
     upright = stored[::-1] if header.orientation >= 5 else stored
     if stated == upright != stored:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from datasets.annotations import CleaningReport
 from datasets.image_files import files_below, image_files
-from datasets.images import Header
-from tools.label_formats.labels import LabelledBox, LabelledFile, image_header, parse_number, read_text
+from datasets.images import Header, read_header
+from tools.label_formats.labels import LabelledBox, LabelledFile, parse_number, read_text
 
 Box = tuple[float, float, float, float]
 
@@ -65,7 +65,7 @@ def read_yolo(
         )
     files = []
     for path, file, rows in found:
-        header = image_header(path)
+        header = read_header(path)
         if header.orientation > 1:
             report.add("picture turned by its EXIF orientation, boxes taken as drawn on it upright", path.name)
         boxes = [(classes[int(numbers[0])], _box(where, numbers[1:], keypoints)) for where, numbers in rows]
