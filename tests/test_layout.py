@@ -98,3 +98,12 @@ def test_files_and_functions_stay_small(path):
 
 def test_no_drawer_for_everything():
     assert not [p for p in SOURCES if p.stem in ("utils", "util", "misc", "helpers", "common")]
+
+
+def test_commands_run_where_docstrings_are_stripped():
+    """As by ``python -OO``: whoever calls a method of one fails."""
+    for path in sorted((ROOT / "tools").glob("*.py")):
+        users = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+        assert not [node for node in users if isinstance(node.value, ast.Name) and node.value.id == "__doc__"], (
+            path.name
+        )

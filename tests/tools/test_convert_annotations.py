@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -367,15 +366,17 @@ def test_the_converter_says_what_training_will_say(yolo: Path, capsys: pytest.Ca
     assert (yolo / "out.json").read_bytes() == before
 
 
-def test_class_names_reach_a_terminal_that_lacks_their_letters(yolo: Path) -> None:
+def test_class_names_reach_a_terminal_that_lacks_their_letters(yolo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (yolo / "names.txt").write_text("Größe\n猫\n")
-    (yolo / "labels" / "a.txt").write_text("7 .5 .5 .2 .2\n")
-    command = [sys.executable, "-OO", "-m", "tools.convert_annotations", "yolo", "labels", "--images", "images"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parents[2])}
-    options = ["--classes", "names.txt", "--out", "größe.json"]
-    done = subprocess.run([*command, *options], cwd=yolo, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    (yolo / "labels" / "a.txt").write_text("1 .5 .5 .2 .2\n")
-    done = subprocess.run([*command, *options], cwd=yolo, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "gr\\xf6\\xdfe.json" in done.stdout
+    monkeypatch.chdir(yolo)
+    command = ["yolo", "labels", "--images", "images", "--classes", "names.txt", "--out", "größe.json"]
+    for label, code in ((7, 2), (1, 0)):
+        (yolo / "labels" / "a.txt").write_text(f"{label} .5 .5 .2 .2\n")
+        printed = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+        with contextlib.redirect_stdout(printed[0]), contextlib.redirect_stderr(printed[1]):
+            assert main(command) == code
+        for stream in printed:
+            stream.flush()
+        stdout, stderr = (stream.buffer.getvalue().decode("ascii") for stream in printed)
+        assert stderr.count("\n") == (code == 2)
+        assert ("gr\\xf6\\xdfe.json" in stdout) == (code == 0)
