@@ -85,17 +85,17 @@ def check_gradients(loss: Loss) -> list[Finding]:
     for part, gradient in zip(("logits", "boxes"), found, strict=True):
         scale = max(gradient.abs().max().item(), 1e-3)
         for role, at in ROLES.items():
-            off = {
-                held: max(
-                    abs(_difference(loss, problem, part, (*at, i), held) - g.item()) for i, g in enumerate(gradient[at])
-                )
-                / scale
-                for held in ("", "detach", "no_grad")
-            }
-            held = next((held for held, error in off.items() if error <= TOLERANCE), None)
-            numbers = {"part": part, "role": role, "off": min(off.values()), "held_constant": held}
-            if held is None:
-                sentence = f"Gradients of {role} {part} are off by {numbers['off']:.1%} of the largest."
+            off: dict[str, float] = {}
+            for held in ("", "detach", "no_grad"):
+                differences = (_difference(loss, problem, part, (*at, i), held) for i in range(len(gradient[at])))
+                off[held] = max(abs(d - g) for d, g in zip(differences, gradient[at].tolist(), strict=True)) / scale
+                if off[held] <= TOLERANCE:
+                    break
+            agrees = off[held] <= TOLERANCE
+            least, constant = min(off.values()), held if agrees else None
+            numbers = {"part": part, "role": role, "off": least, "held_constant": constant}
+            if not agrees:
+                sentence = f"Gradients of {role} {part} are off by {least:.1%} of the largest."
                 findings.append(Finding("gradients", "fault", sentence, numbers))
             elif held:
                 sentence = f"At {role} {part}, something that depends on them takes no gradient ({held})."
