@@ -180,6 +180,15 @@ def broken(logits, boxes, targets):
     raise IndexError("no such class")
 
 
+def test_a_loss_that_computes_in_float32_inside_is_not_called_wrong():
+    def rounding(logits, boxes, targets, num_targets=None):
+        return honest(logits.float(), boxes, targets, num_targets).double()
+
+    findings = [finding for finding in check(rounding).findings if finding.test == "gradients"]
+    assert [finding.verdict for finding in findings] == ["note"]
+    assert "does not compute in float64" in findings[0].sentence
+
+
 def test_what_it_raises_is_a_finding():
     report = check(broken)
     assert len(report.faults) == len(TESTS) - 1, "no fields were given to test"
