@@ -59,17 +59,12 @@ def _copy(values: Any) -> Any:
 
 
 def _holds(values: Any, path: Path) -> bool:
-    for key in path:
-        if not isinstance(values, dict) or key not in values:
-            return False
-        values = values[key]
-    return True
+    parent = _at(values, path[:-1])
+    return isinstance(parent, dict) and path[-1] in parent
 
 
 def _take(values: dict[str, Any], path: Path) -> Any:
-    for key in path[:-1]:
-        values = values[key]
-    return values.pop(path[-1])
+    return _at(values, path[:-1]).pop(path[-1])
 
 
 def _put(values: dict[str, Any], path: Path, value: Any) -> None:
