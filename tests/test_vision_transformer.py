@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ import yaml
 import main
 from datasets.shapes import ShapesConfig, generate
 from engine import checkpoint
+from models import BackboneConfig, DINOConfig
 from tools import export
 from tools.detector import Detector
 
 MODEL = "vit_small_patch14_dinov2"
 CLIP = "vit_base_patch16_clip_224.openai"
 """Its pixel statistics are its own."""
+ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
 
 
 def write_run(directory: Path, weights: Path, **backbone: object) -> Path:
@@ -79,7 +82,28 @@ def test_dinov2_trains_and_predicts(frozen: int, tmp_path: Path, capsys: pytest.
     detector = Detector(last)
     own = timm.get_pretrained_cfg(MODEL)
     assert detector.config.data.pixel_statistics == (own.mean, own.std)
-    assert len(detector([torch.rand(3, 97, 161)])[0].scores)
+    seen = []
+    detector.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    assert len(detector([torch.full((3, 97, 161), 128 / 255)])[0].scores)
+    # A grey photograph, as training would have normalised it.
+    expected = [(128 / 255 - mean) / std for mean, std in zip(own.mean, own.std, strict=True)]
+    assert seen[0][0, :, 48, 80].tolist() == pytest.approx(expected, abs=1e-5)
+    kind: export.Format = "torch_export" if frozen else "onnx"
+    if frozen or ONNX:
+        assert export.export(last, kind, tmp_path / f"detector.{export.ENDINGS[kind]}") < 1e-4
+
+
+@pytest.mark.slow
+def test_patches_of_16_are_exported_for_any_size() -> None:
+    """What training recomputes is in no exported graph; sizes that are no multiples of a patch are free, too."""
+    backbone = BackboneConfig(model="test_vit", pretrained=False, norm="batch", frozen_stages=0)
+    sizes = {"embed_dim": 32, "num_heads": 4, "ffn_dim": 32, "num_queries": 10}
+    config = DINOConfig(
+        backbone=backbone, num_levels=3, encoder_layers=1, decoder_layers=1, gradient_checkpointing=True, **sizes
+    )
+    torch.manual_seed(0)
+    deployed = export.Deployed(config.build(3), (0.5,) * 3, (0.5,) * 3).eval()
+    assert export.check(deployed, export.export_program(deployed).module()) < 1e-4
 
 
 def test_wrong_weights_are_refused_before_any_data_is_read(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.parts import timm_models
-from models.parts.backbone_weights import names_in_whole, select_weights
+from models.parts.backbone_weights import select_weights
 from models.parts.feature_pyramid import SimpleFeaturePyramid
 from models.parts.frozen_norms import fold_all, freeze_norms
 from models.parts.swin import accept_any_size
-from models.parts.timm_models import Channels, Outline, frozen_parameters, layer_numbers, one_line, outline
+from models.parts.timm_models import Channels, Outline, names_in_whole, one_line, outline, parameters_of_maps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,11 @@ class BackboneConfig:
         found = outline(self.model, self.dilation)
         indices = _indices(self, found)
         if self.frozen_stages:
-            frozen_parameters(found, self.frozen_stages)
+            timm_models.frozen_parameters(self.model, self.dilation, self.frozen_stages)
         if load_weights and isinstance(self.pretrained, str):
             body = timm_models.without_storage(self.model, features_only=True, out_indices=indices, **found.options)
-            select_weights(body, found.whole, self.pretrained, self.model)
+            used = parameters_of_maps(self.model, self.dilation, indices)
+            select_weights(body, found.whole, self.pretrained, self.model, used)
 
     def build(self, load_weights: bool = True) -> Backbone:
         """Make the model and load its weights.
@@ -97,11 +98,13 @@ class Backbone(nn.Module):
         self.features_come_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
         if config.output_norm and not self.features_come_last:
             raise ValueError(f"model.backbone.output_norm: {config.model} computes with channels first")
-        names, layers = names_in_whole(body, found.whole), layer_numbers(found.whole)
-        frozen = frozen_parameters(found, config.frozen_stages) if config.frozen_stages else set()
+        names, layers = names_in_whole(body, found.whole), timm_models.layer_numbers(found.whole)
+        # What only later stages need stays in the model, but would wait for a gradient for ever.
+        used = parameters_of_maps(config.model, config.dilation, _indices(config, found))
+        if config.frozen_stages:
+            used -= timm_models.frozen_parameters(config.model, config.dilation, config.frozen_stages)
         for name, parameter in body.named_parameters():
-            if names[name] in frozen:
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(names[name] in used)
         self._layers = {f"body.{name}": layers[names[name]] for name, _ in body.named_parameters()}
         self._normed: list[Any] = []
         if config.norm == "frozen":
@@ -120,14 +123,20 @@ class Backbone(nn.Module):
             self.to(memory_format=torch.channels_last)
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
-        """Recompute activations in the backward pass, where the timm model knows how to."""
+        """Recompute activations in the backward pass of training, where the timm model knows how to."""
         self._recomputes = enable
         for module in self.body.modules():
-            if hasattr(module, "grad_checkpointing"):
-                module.grad_checkpointing = enable
             # What a recomputed part reads must still be there: an activation in place would have overwritten it.
             if enable and getattr(module, "inplace", False):
                 module.inplace = False
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Set training or evaluation mode; only training recomputes, so that evaluation can be exported."""
+        for module in self.body.modules():
+            if hasattr(module, "grad_checkpointing"):
+                module.grad_checkpointing = mode and self._recomputes
+        return super().train(mode)
 
     def layer_depths(self) -> dict[str, int]:
         """Return by parameter name how many layers, as timm counts them, lie between it and what follows the model.
@@ -146,7 +155,7 @@ class Backbone(nn.Module):
         """[B, 3, H, W] → maps [B, channels_i, ≈H / stride_i, ≈W / stride_i], finest first."""
         height, width = images.shape[-2:]
         if self.size_multiple > 1:
-            images = F.pad(images, (0, -width % self.size_multiple, 0, -height % self.size_multiple))
+            images = _fit(images, *(-(-side // self.size_multiple) * self.size_multiple for side in (height, width)))
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         # At once, unless parts are recomputed, or exported: there each convolution does it by itself.
@@ -166,8 +175,18 @@ class Backbone(nn.Module):
             features = self.pyramid(features[0])
         if self.size_multiple > 1 or self.pyramid is not None:  # what was padded is cut off
             sizes = [(-(-height // stride), -(-width // stride)) for stride in self.strides]
-            features = [feature[..., :h, :w] for feature, (h, w) in zip(features, sizes, strict=True)]
+            features = [_fit(feature, *size) for feature, size in zip(features, sizes, strict=True)]
         return features
+
+
+def _fit(maps: Tensor, height: int, width: int) -> Tensor:
+    """[B, C, h, w] → [B, C, height, width], cut off or continued with zeros on the right and at the bottom."""
+    if not torch.compiler.is_exporting():
+        return F.pad(maps, (0, width - maps.shape[-1], 0, height - maps.shape[-2]))
+    # By index: padding and slicing compare sizes, and torch.export takes what it finds in the example for a rule.
+    rows, columns = (torch.arange(side, device=maps.device) for side in (height, width))
+    inside = (rows < maps.shape[-2])[:, None] & (columns < maps.shape[-1])
+    return maps[..., rows % maps.shape[-2], :][..., columns % maps.shape[-1]] * inside
 
 
 def _indices(config: BackboneConfig, found: Outline) -> tuple[int, ...]:
@@ -186,11 +205,13 @@ def _indices(config: BackboneConfig, found: Outline) -> tuple[int, ...]:
 
 
 def _create(config: BackboneConfig, found: Outline, load_weights: bool) -> Any:
-    options = {"features_only": True, "out_indices": _indices(config, found), **found.options}
+    indices = _indices(config, found)
+    options = {"features_only": True, "out_indices": indices, **found.options}
     if not load_weights or isinstance(config.pretrained, str):
         body = timm.create_model(config.model, pretrained=False, **options)
         if load_weights:
-            body.load_state_dict(select_weights(body, found.whole, str(config.pretrained), config.model))
+            used = parameters_of_maps(config.model, config.dilation, indices)
+            body.load_state_dict(select_weights(body, found.whole, str(config.pretrained), config.model, used))
         return body
     try:
         return timm.create_model(config.model, pretrained=config.pretrained, **options)

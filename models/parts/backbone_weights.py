@@ -9,22 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.parts.timm_models import one_line
+from models.parts.timm_models import names_in_whole, one_line
 
 
-def names_in_whole(body: nn.Module, whole: nn.Module) -> dict[str, str]:
-    """Return the name in timm's whole model of every parameter and buffer of the model that is cut into stages."""
-    # A cut model has the whole one within, or names its parts with underscores where that nests them: stages_0.
-    inside = [name for name, _ in body.named_children()] == ["model"]
-    nested = {module.replace(".", "_"): module for module, _ in whole.named_modules() if module}
-    names = {}
-    for name in body.state_dict():
-        first, _, rest = name.partition(".")
-        names[name] = rest if inside else f"{nested.get(first, first)}.{rest}"
-    return names
-
-
-def select_weights(body: nn.Module, whole: nn.Module, path: str, model: str) -> dict[str, Tensor]:
+def select_weights(body: nn.Module, whole: nn.Module, path: str, model: str, used: frozenset[str]) -> dict[str, Tensor]:
     """Read a file for the whole model and return what the cut one needs of it, under its own names.
 
     Args:
@@ -32,6 +20,7 @@ def select_weights(body: nn.Module, whole: nn.Module, path: str, model: str) -> 
         whole: the same model uncut; may be without storage.
         path: the file, in timm's or torchvision's names, or with the same layers in the same order under others.
         model: its name, for messages.
+        used: names, in the whole model, of the parameters that the maps depend on; others may be absent.
 
     Raises:
         ValueError: the file cannot be read, or an entry is absent or of another shape.
@@ -39,8 +28,13 @@ def select_weights(body: nn.Module, whole: nn.Module, path: str, model: str) -> 
     state = _in_order(_read(path), whole)
     convert = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
-        state = convert(state, whole)
+        try:
+            state = convert(state, whole)
+        except Exception as error:  # it was written for files of its own family, and says so in its own way
+            raise ValueError(f"{path}: does not fit backbone {model} ({one_line(error)})") from error
     names, expected = names_in_whole(body, whole), body.state_dict()
+    idle = {name for name, parameter in whole.named_parameters() if parameter.requires_grad} - used
+    names = {key: name for key, name in names.items() if name not in idle}
     fits = {key: source in state and state[source].shape == expected[key].shape for key, source in names.items()}
     missing = [names[key] for key, fitting in fits.items() if not fitting]
     if missing:
@@ -48,7 +42,7 @@ def select_weights(body: nn.Module, whole: nn.Module, path: str, model: str) -> 
             f"{path}: does not fit backbone {model}: {len(missing)} of {len(names)} entries absent or of another "
             f"shape, the first is {missing[0]}"
         )
-    return {key: state[source] for key, source in names.items()}
+    return expected | {key: state[source] for key, source in names.items()}
 
 
 def _in_order(state: Mapping[str, Tensor], whole: nn.Module) -> dict[str, Tensor]:

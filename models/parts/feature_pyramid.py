@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class SimpleFeaturePyramid(nn.Module):
@@ -34,9 +36,21 @@ class SimpleFeaturePyramid(nn.Module):
         return [level(feature) for level in self.levels]
 
 
+class _Halve(nn.Module):
+    """The largest of each 2 × 2 values, of fewer at an odd end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] → [B, C, ⌈h/2⌉, ⌈w/2⌉]."""
+        # ceil_mode asks of an odd size what torch.export makes a rule of that no size keeps: the last is repeated here.
+        for dim in (-2, -1):
+            size = x.shape[dim]
+            x = x.index_select(dim, torch.arange(2 * ((size + 1) // 2), device=x.device).clamp(max=size - 1))
+        return F.max_pool2d(x, 2)
+
+
 def _level(dim: int, scale: float) -> nn.Module:
     if scale >= 1:
-        return nn.Identity() if scale == 1 else nn.MaxPool2d(2, ceil_mode=True)
+        return nn.Identity() if scale == 1 else _Halve()
     finer: list[nn.Module] = [nn.ConvTranspose2d(dim, dim // 2, 2, stride=2)]
     if scale == 0.25:
         finer += [LayerNorm2d(dim // 2), nn.GELU(), nn.ConvTranspose2d(dim // 2, dim // 4, 2, stride=2)]

@@ -116,44 +116,74 @@ def layer_numbers(model: nn.Module, coarse: bool = False) -> dict[str, int]:
     return {name: number for number, (name, _) in enumerate(model.named_parameters())}
 
 
-def frozen_parameters(found: Outline, stages: int | Literal["stem"]) -> set[str]:
+def names_in_whole(body: nn.Module, whole: nn.Module) -> dict[str, str]:
+    """Return the name in timm's whole model of every parameter and buffer of the model that is cut into stages."""
+    # A cut model has the whole one within, or names its parts with underscores where that nests them: stages_0.
+    inside = [name for name, _ in body.named_children()] == ["model"]
+    nested = {module.replace(".", "_"): module for module, _ in whole.named_modules() if module}
+    names = {}
+    for name in body.state_dict():
+        first, _, rest = name.partition(".")
+        names[name] = rest if inside else f"{nested.get(first, first)}.{rest}"
+    return names
+
+
+@lru_cache(maxsize=32)
+def parameters_of_maps(name: str, dilation: bool, indices: tuple[int, ...]) -> frozenset[str]:
+    """Return the names, in the whole model, of the trainable parameters that some stages' maps depend on.
+
+    Found by the gradient, without storage: what a stage consists of is said by no two families in the same way.
+    """
+    found = outline(name, dilation)
+    cut: Any = without_storage(name, features_only=True, out_indices=indices, **found.options)
+    accept_any_size(cut)
+    height, width = (-(-size // found.size_multiple) * found.size_multiple for size in _PROBE)
+    trained = {key: parameter for key, parameter in cut.named_parameters() if parameter.requires_grad}
+    with torch.enable_grad():
+        maps = cut.eval()(torch.zeros(1, 3, height, width, device=next(cut.parameters()).device))
+        sums = [feature.sum() for feature in maps]
+        gradients = torch.autograd.grad(sums, list(trained.values()), allow_unused=True)
+    names = names_in_whole(cut, found.whole)
+    return frozenset(names[key] for key, gradient in zip(trained, gradients, strict=True) if gradient is not None)
+
+
+def frozen_parameters(name: str, dilation: bool, stages: int | Literal["stem"]) -> frozenset[str]:
     """Return the names, in the whole model, of what a number of stages (from stride 4 on) or the stem consists of.
 
     Raises:
         ValueError: the model has fewer stages.
     """
+    found = outline(name, dilation)
     ends = [index for index, stage in enumerate(found.stages) if stage.stride >= 4]
     if isinstance(stages, int) and stages > len(ends):
         raise ValueError(f"model.backbone.frozen_stages: {stages} is more than the model's {len(ends)} stages")
     last = ends[stages - 1] if isinstance(stages, int) else ends[0] - 1
-    end, modules = found.stages[max(last, 0)].module, [name for name, _ in found.whole.named_modules()]
-    if end not in modules:  # a network of parallel branches, whose stages are no modules but have numbers
-        return {name for name, number in layer_numbers(found.whole, coarse=True).items() if number <= last}
-    numbers, before = layer_numbers(found.whole), set(modules[: modules.index(end)])
-    own = {name for name in numbers if name.startswith(f"{end}.")}
-    earlier = {name for name in numbers if name.rpartition(".")[0] in before}
-    limit = min(numbers[name] for name in own) if last < 0 else max(numbers[name] for name in own or earlier)
-    # What leads to the next stage may count as the layer before it.
-    within = set() if last < 0 else own | earlier
-    return {name for name, number in numbers.items() if number < limit or (number == limit and name in within)}
+    end = found.stages[max(last, 0)].module
+    if end not in dict(found.whole.named_modules()):  # parallel branches, whose stages are no modules but have numbers
+        return frozenset(key for key, number in layer_numbers(found.whole, coarse=True).items() if number <= last)
+    if last >= 0:
+        return parameters_of_maps(name, dilation, (last,))
+    numbers = layer_numbers(found.whole)
+    first = min(number for key, number in numbers.items() if key.startswith(f"{end}."))
+    return frozenset(key for key, number in numbers.items() if number < first)
 
 
 def _options_for_any_size(whole: nn.Module) -> dict[str, Any]:
-    """What a model's constructors offer: positions interpolated to the image, images padded to whole patches, windows
-    that shift even where the model's own image size is a single window."""
+    """What a model's constructors offer: positions interpolated to the image, windows that shift even where the model's
+    own image size is a single window. Padding to whole patches is the backbone's, in a form that can be exported."""
     known = {name for kind in type(whole).__mro__ for name in inspect.signature(kind).parameters}
-    wanted = {"dynamic_img_size": True, "dynamic_img_pad": True, "strict_img_size": False, "always_partition": True}
+    wanted = {"dynamic_img_size": True, "strict_img_size": False, "always_partition": True}
     return {name: value for name, value in wanted.items() if name in known}
 
 
 def _size_multiple(cut: Any, name: str) -> int:
-    """The least padding with which a model takes images of any size: none, its strides', or its training images'."""
+    """The least multiple to which images of any size must be padded: none, its stride, 32, or its training images."""
     accept_any_size(cut)
     trained: Any = timm.get_pretrained_cfg(name)
     own = int(trained.input_size[-1])
     device = next(cut.parameters()).device
     rows, columns = (1, 2) if str(getattr(cut, "output_fmt", "NCHW")).endswith("NHWC") else (2, 3)
-    for multiple in (1, 32, own):
+    for multiple in sorted({1, max(cut.feature_info.reduction()), 32, own}):
         height, width = (-(-size // multiple) * multiple for size in _PROBE)
         try:
             with torch.no_grad():
