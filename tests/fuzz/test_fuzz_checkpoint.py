@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from mutations import fuzzing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
@@ -22,7 +23,7 @@ from engine import checkpoint
 from engine.checkpoint import LAST, CheckpointError
 from engine.trainer import Trainer
 
-many = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+many = fuzzing(120)
 
 
 @pytest.fixture(scope="module")

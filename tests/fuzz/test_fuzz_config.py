@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from mutations import fuzzing
 
 import config
 import strict_yaml
@@ -24,7 +25,7 @@ WORDS = (
     "<<", "|", ">-", "\"", "'", "%", "\t", "\x00", "\u2028", "é", "\ud800", "? [1]", "- a", "---", "...",
     "focal", "mixed",
 )  # fmt: skip
-many = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+many = fuzzing(120)
 
 
 def keys(values: Any, prefix: str = "") -> list[str]:
