@@ -14,7 +14,7 @@ import torch
 
 import config as configuration
 from config import Config
-from datasets import Category, CocoDataset
+from datasets import Category, CocoDataset, DataConfig
 from engine import checkpoint, distributed, run_log
 from engine.coco_metrics import choose_backend
 from engine.evaluator import Evaluator
@@ -126,7 +126,7 @@ def prepare(
         identity={
             "config": configuration.to_dict(cfg),
             "categories": categories,
-            "data": describe_data(train_set, cfg.data.batch_size),
+            "data": describe_data(train_set, cfg.data),
             "environment": environment,
         },
     )
@@ -188,10 +188,11 @@ def build_validation(
     )
 
 
-def describe_data(train_set: CocoDataset, batch_size: int) -> dict[str, Any]:
+def describe_data(train_set: CocoDataset, data: DataConfig) -> dict[str, Any]:
     """What a step's images are a function of, besides seed and step; see ``checkpoint.check_data``."""
-    ids = train_set.annotations.image_ids.numpy().tobytes()
-    return {"batch_size": batch_size, "images": len(train_set), "image_ids": hashlib.sha256(ids).hexdigest()}
+    ids = hashlib.sha256(train_set.annotations.image_ids.numpy().tobytes()).hexdigest()
+    order = {"batch_size": data.batch_size, "one_orientation": data.one_orientation}
+    return {**order, "images": len(train_set), "image_ids": ids}
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

@@ -45,6 +45,11 @@ class DataConfig:
     """How often each training image is drawn in an epoch, picked by name."""
     batch_size: int = 16
     """Images in an optimizer step, over all processes and accumulation steps."""
+    skip_empty: bool = False
+    """Leave images without a usable box out of training (detectron2's filter_empty)."""
+    one_orientation: int = 1
+    """So many images in a row, of which batches are cut, are all wider than high or none is (detectron2's aspect-ratio
+    grouping, whose groups are the images of one GPU); 1: any mixture."""
     eval_batch_size: int = 2
     """The most images in an evaluation batch of one process; only images of equal size share one."""
     num_workers: int = 4
@@ -65,6 +70,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if min(self.batch_size, self.eval_batch_size, self.prefetch, self.pad_multiple) < 1:
             raise ValueError("data: batch_size, eval_batch_size, prefetch and pad_multiple must be at least 1")
+        if self.one_orientation < 1 or self.batch_size % self.one_orientation:
+            raise ValueError(
+                f"data.one_orientation={self.one_orientation} must divide data.batch_size={self.batch_size}"
+            )
+        if self.one_orientation > 1 and not isinstance(self.sampling, Uniform):
+            raise ValueError(f"data.one_orientation={self.one_orientation} needs data.sampling: uniform")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers must not be negative, got {self.num_workers}")
         if self.timeout <= 0:
@@ -90,7 +101,7 @@ class DataConfig:
             FileNotFoundError: a file or directory is missing.
             ValueError: annotations cannot be used, or the two splits contradict each other.
         """
-        train = self.train.build(split="train", unlabelled=unlabelled)
+        train = self.train.build(split="train", unlabelled=unlabelled, skip_empty=self.skip_empty)
         return train, self.val.build(split="val", categories=train.categories)
 
     def build_train_loader(
@@ -117,6 +128,8 @@ class DataConfig:
             accumulation_steps=accumulation_steps,
             total_steps=total_steps,
             weights=self.sampling.weights(dataset.annotations, len(dataset.categories)),
+            wide=dataset.wider_than_high() if self.one_orientation > 1 else None,
+            block=self.one_orientation,
         )
         return TrainLoader(self._pool(dataset, sampler, training=True), sampler)
 

@@ -102,6 +102,10 @@ class PackedAnnotations(NamedTuple):
         names, ends = self.name_bytes.numpy().tobytes(), [0, *self.name_ends.tolist()]
         return [names[start:end].decode() for start, end in itertools.pairwise(ends)]
 
+    def counts(self) -> Tensor:
+        """[N] int64 number of boxes of each image."""
+        return torch.diff(self.box_ends, prepend=torch.zeros(1, dtype=torch.int64))
+
     def targets(self, index: int) -> tuple[Tensor, Tensor]:
         """(boxes [n, 4] xyxy in pixels, labels [n]) of one image, as copies."""
         start, end = int(self.box_ends[index - 1]) if index else 0, int(self.box_ends[index])
@@ -109,7 +113,7 @@ class PackedAnnotations(NamedTuple):
 
     def select(self, keep: Tensor) -> PackedAnnotations:
         """The images with these indices (ascending) only."""
-        counts = torch.diff(self.box_ends, prepend=torch.zeros(1, dtype=torch.int64))
+        counts = self.counts()
         kept = torch.zeros(len(self.image_ids), dtype=torch.bool)
         kept[keep] = True
         own_names = self.file_names()
@@ -281,7 +285,4 @@ def _report_annotations(columns: AnnotationColumns, report: CleaningReport) -> N
 
 
 def _where(columns: AnnotationColumns, place: int) -> str:
-    entry = columns.shown.get(place)
-    if entry is None:
-        return f"annotation {columns.ids[place]}"
-    return f"annotation {entry.get('id')!s:.40}" if isinstance(entry, dict) else f"{entry!r:.40}"
+    return columns.shown.get(place) or f"annotation {columns.ids[place]}"

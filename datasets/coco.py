@@ -124,6 +124,13 @@ class CocoDataset(CocoDetection):
                 pass
         return height, width
 
+    def wider_than_high(self) -> Tensor:
+        """[N] bool, of the annotated sizes; images that are square or of unknown size are not."""
+        sizes = self.annotations.sizes.clone()
+        for index in (sizes == 0).any(dim=1).nonzero()[:, 0].tolist():
+            sizes[index] = torch.tensor(self.stated_size(index))
+        return sizes[:, 1] > sizes[:, 0]
+
     def load(self, index: int) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Image [3, H, W] uint8, boxes [n, 4] xyxy in its pixels, labels [n], and the annotated (height, width).
 
@@ -214,7 +221,12 @@ class CocoConfig(CocoFiles):
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
 
     def build(
-        self, *, split: Split, categories: tuple[Category, ...] | None = None, unlabelled: bool = False
+        self,
+        *,
+        split: Split,
+        categories: tuple[Category, ...] | None = None,
+        unlabelled: bool = False,
+        skip_empty: bool = False,
     ) -> CocoDataset:
         """Reads and cleans the annotations.
 
@@ -222,6 +234,7 @@ class CocoConfig(CocoFiles):
             split: images of "train" that are absent or unreadable are skipped; those of "val" count as missed.
             categories: the classes to map to; None: those of the annotation file.
             unlabelled: whether samples tell crowds, and classes that an image says nothing about, from background.
+            skip_empty: whether images without a usable box are left out.
 
         Raises:
             FileNotFoundError: the annotation file or the image directory does not exist.
@@ -236,6 +249,10 @@ class CocoConfig(CocoFiles):
                 len(data.packed.image_ids), generator=torch.Generator().manual_seed(self.fraction_seed)
             )
             data = data.select(order[: math.ceil(self.fraction * len(order))].sort().values)
+        if skip_empty:
+            empty = data.packed.counts() == 0
+            data.report.add_all("image without a box, skipped", empty.nonzero()[:, 0].numpy(), data.packed.file_name)
+            data = data.select((~empty).nonzero()[:, 0])
         if training and not len(data.packed.labels):
             raise ValueError(
                 f"{self.annotations} has no usable box to train on: "

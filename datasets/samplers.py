@@ -1,7 +1,7 @@
 """Which image goes into which batch, on which rank.
 
-The order of training images depends on the seed and the epoch only. Global batch g is a fixed window of that order;
-ranks and accumulation steps merely divide it among themselves.
+The order of training images depends on the seed and the epoch only, and with blocks of one orientation on the images'
+sizes. Global batch g is a fixed window of that order; ranks and accumulation steps merely divide it among themselves.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         accumulation_steps: int = 1,
         total_steps: Callable[[int], int] | None = None,
         weights: Tensor | None = None,
+        wide: Tensor | None = None,
+        block: int = 1,
     ) -> None:
         """
         Args:
@@ -58,6 +60,8 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
             accumulation_steps: micro-batches of each process in an optimizer step.
             total_steps: length of the training, given the steps of an epoch; None: samples do not know their progress.
             weights: [length] how often each image is drawn, relative to others; None: each once in an epoch.
+            wide: [length] bool, which images are wider than high; None: orientation does not matter.
+            block: so many images in a row have one orientation; what fills no block is left out of the epoch.
 
         Raises:
             ValueError: the batch cannot be divided, or is larger than the data set.
@@ -68,15 +72,20 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
                 f"data.batch_size={batch_size} must be a multiple of {parts} "
                 f"({world_size} processes x {accumulation_steps} accumulation steps)"
             )
-        if length < batch_size:
+        usable = length
+        if wide is not None:
+            usable = sum(int(count) // block * block for count in (wide.sum(), (~wide).sum()))
+        if usable < batch_size:
             raise ValueError(
-                f"data.batch_size={batch_size} is more than the {length} training images: lower it to at most {length}"
+                f"data.batch_size={batch_size} is more than the {usable} training images"
+                f"{f' in whole blocks of {block} of one orientation' if usable < length else ''}: "
+                f"lower it to at most {usable}"
             )
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.length, self.batch_size, self.seed, self.wide, self.block = length, batch_size, seed, wide, block
         self.rank, self.world_size, self.accumulation_steps = rank, world_size, accumulation_steps
         self.micro_batch_size = batch_size // parts
         self.weights = None if weights is None else weights.double() * (length / weights.double().sum())
-        self.steps_per_epoch = length // batch_size
+        self.steps_per_epoch = usable // batch_size
         self.total_steps = None if total_steps is None else total_steps(self.steps_per_epoch)
         self._position = (0, 0)
 
@@ -95,6 +104,8 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         order = torch.randperm(self.length, generator=generator)
         if self.weights is not None:
             order = _drawn(order, self.weights, generator)
+        if self.wide is not None:
+            order = _in_blocks(order, self.wide[order], self.block)
         for micro_batch in range(first, self.steps_per_epoch * self.accumulation_steps):
             step, micro_step = divmod(micro_batch, self.accumulation_steps)
             part = micro_step * self.world_size + self.rank
@@ -111,6 +122,13 @@ def _drawn(order: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor
     places = (ends + torch.rand(1, generator=generator, dtype=torch.float64)).floor().long()
     drawn = order.repeat_interleave(places.diff(prepend=places.new_zeros(1)))
     return drawn[torch.randperm(len(drawn), generator=generator)]
+
+
+def _in_blocks(order: Tensor, wide: Tensor, block: int) -> Tensor:
+    """What of an order fills blocks of equal values of ``wide``, each block standing where its last member stood."""
+    of_kind = ((wide == kind).nonzero()[:, 0] for kind in (True, False))
+    places = torch.cat([places[: len(places) // block * block].view(-1, block) for places in of_kind])
+    return order[places[places[:, -1].argsort()]].flatten()
 
 
 class EvalBatchSampler(Sampler[list[SampleKey]]):

@@ -262,18 +262,23 @@ def check_data(saved: Mapping[str, Any] | None, current: Mapping[str, Any], sour
     """Refuse a checkpoint whose steps were made of other images, or of more or fewer: its position means nothing here.
 
     Args:
-        saved: ``batch_size`` (of the global batch), ``images`` (in the training set) and ``image_ids`` (their hash, in
-            order) in the checkpoint; None in older ones, which do not say.
+        saved: ``batch_size`` (of the global batch), ``one_orientation`` (images in a row; 1 where it is missing),
+            ``images`` (in the training set) and ``image_ids`` (their hash, in order) in the checkpoint; None in older
+            ones, which do not say.
         current: the same of this run.
         source: the checkpoint's file, for the message.
 
     Raises:
         CheckpointError: naming what differs.
     """
-    if saved is None or saved == current:
+    if saved is None:
         return
-    if saved["batch_size"] != current["batch_size"]:
-        difference = f"with data.batch_size={saved['batch_size']}, this run has {current['batch_size']}"
+    saved, current = ({"one_orientation": 1, **description} for description in (saved, current))
+    if saved == current:
+        return
+    key = next((key for key in ("batch_size", "one_orientation") if saved[key] != current[key]), None)
+    if key is not None:
+        difference = f"with data.{key}={saved[key]}, this run has {current[key]}"
     elif saved["images"] != current["images"]:
         difference = f"on {saved['images']} images, this run has {current['images']}"
     else:

@@ -12,6 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -27,8 +32,9 @@ class OptimizerConfig:
     transformers, arXiv 2106.08254 and 2203.16527), beside lr_scales; null: none."""
     weight_decay: float = 1e-4
     """Decoupled weight decay."""
-    no_decay: Literal["nothing", "norms_and_biases"] = "nothing"
-    """What is exempt from weight decay; norms_and_biases means every vector or scalar parameter."""
+    no_decay: Literal["nothing", "norms", "norms_and_biases"] = "nothing"
+    """What is exempt from weight decay: norms, the weights and biases of normalisation layers (as in detectron2);
+    norms_and_biases, every vector or scalar parameter."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the first and second moment."""
     clip_norm: float | None = 0.1
@@ -64,14 +70,15 @@ class OptimizerConfig:
                 parts = sorted({name.partition(".")[0] for name in names})
                 raise ValueError(f"optimizer.lr_scales: no parameter is under '{prefix}', known: {', '.join(parts)}")
         depths = {} if self.layer_decay is None else _layer_depths(model)
+        norms = {id(weight) for part in model.modules() if isinstance(part, NORMS) for weight in part.parameters()}
         groups: dict[tuple[str, bool, int], dict[str, Any]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
             matching = [prefix for prefix in self.lr_scales if _has_prefix(name, prefix)]
             prefix = max(matching, key=len, default="")
-            decayed = self.no_decay == "nothing" or parameter.ndim > 1
-            key = prefix, decayed, depths.get(name, 0)
+            exempt = {"nothing": False, "norms": id(parameter) in norms, "norms_and_biases": parameter.ndim < 2}
+            key = prefix, not exempt[self.no_decay], depths.get(name, 0)
             if key not in groups:
                 groups[key] = self._group(*key)
             groups[key]["params"].append(parameter)
@@ -119,6 +126,8 @@ class _Length:
     """Length in passes over the training set."""
     steps: int | None = None
     """Length in optimizer steps, in place of epochs."""
+    epoch_steps: int | None = None
+    """Optimizer steps that epochs and milestones count as an epoch (detrex: 7500 on any data); null: one pass."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly from nearly zero."""
 
@@ -127,12 +136,14 @@ class _Length:
             raise ValueError(f"epochs must be at least 1, found {self.epochs}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, found {self.steps}")
+        if self.epoch_steps is not None and self.epoch_steps < 1:
+            raise ValueError(f"epoch_steps must be at least 1, found {self.epoch_steps}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, found {self.warmup_steps}")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole training."""
-        return self.steps if self.steps is not None else self.epochs * steps_per_epoch
+        return self.steps if self.steps is not None else self.epochs * (self.epoch_steps or steps_per_epoch)
 
     def doubts(self, steps_per_epoch: int) -> list[str]:
         """What about it looks like a mistake, though it can be run; one line each."""
@@ -165,13 +176,14 @@ class StepSchedule(_Length):
     def doubts(self, steps_per_epoch: int) -> list[str]:
         """See the base class; milestones may lie beyond the end."""
         total = self.total_steps(steps_per_epoch)
-        late = [milestone for milestone in self.milestones if milestone * steps_per_epoch >= total]
-        said = f"schedule.milestones {late} are not reached in {total / steps_per_epoch:.4g} epochs"
+        epoch = self.epoch_steps or steps_per_epoch
+        late = [milestone for milestone in self.milestones if milestone * epoch >= total]
+        said = f"schedule.milestones {late} are not reached in {total / epoch:.4g} epochs"
         return [*super().doubts(steps_per_epoch), *([said] if late else [])]
 
     def factor(self, step: int, steps_per_epoch: int) -> float:
         """Factor on the base learning rate in 0-based step ``step``."""
-        passed = sum(step >= milestone * steps_per_epoch for milestone in self.milestones)
+        passed = sum(step >= milestone * (self.epoch_steps or steps_per_epoch) for milestone in self.milestones)
         return self._warmup(step) * self.decay**passed
 
 

@@ -57,8 +57,8 @@ class AnnotationColumns(NamedTuple):
     """[n] square pixels; NaN where it is missing or no number."""
     odd: NDArray[np.uint8]
     """[n] bits, see ``NO_MAPPING`` and the following."""
-    shown: dict[int, Any]
-    """The entries themselves, by index, of the first odd ones."""
+    shown: dict[int, str]
+    """What messages call the first odd ones, by index."""
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -103,8 +103,12 @@ def annotation_columns(entries: Sequence[Any]) -> AnnotationColumns:
         np.array([row[4] for row in rows], dtype=np.float64).reshape(count, 4),
         np.array([row[5] for row in rows], dtype=np.float64),
         odd,
-        {int(index): entries[index] for index in np.flatnonzero(odd)[:_SHOWN_ODDITIES]},
+        {int(index): _shown(entries[index]) for index in np.flatnonzero(odd)[:_SHOWN_ODDITIES]},
     )
+
+
+def _shown(entry: object) -> str:
+    return f"annotation {entry.get('id')!s:.40}" if isinstance(entry, dict) else f"{entry!r:.40}"
 
 
 def _typed_columns(entries: Sequence[PlainAnnotation]) -> AnnotationColumns | None:
@@ -163,7 +167,7 @@ def _number(value: object) -> float | None:
 
 
 def join_columns(pieces: Sequence[AnnotationColumns]) -> AnnotationColumns:
-    shown: dict[int, Any] = {}
+    shown: dict[int, str] = {}
     start = 0
     for piece in pieces:
         if len(shown) < _SHOWN_ODDITIES:

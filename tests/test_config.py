@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import config
@@ -302,6 +303,29 @@ def test_align_detr_differs_from_its_baseline_in_the_three_switches_only(align, 
     }
     own = yaml.safe_load((ROOT / "configs" / f"{align}.yaml").read_text())
     assert set(own) == {"base", "output_dir", "criterion"}
+
+
+@pytest.mark.parametrize(("epochs", "drop"), [(12, 82_500), (24, 150_000)])
+def test_the_recipe_of_align_detrs_authors(epochs, drop):
+    """What docs/fidelity.md says of their configuration, in our keys; the rest is DINO's."""
+    cfg = config.load(ROOT / "configs" / f"align_detr_published_{epochs}ep.yaml")
+    assert cfg.schedule.total_steps(7_329) == epochs * 7_500
+    assert [cfg.schedule.factor(step, 7_329) for step in (drop - 1, drop)] == [1.0, 0.1]
+    assert (cfg.model.backbone.frozen_stages, cfg.model.shared_heads, cfg.optimizer.no_decay) == (
+        "stem",
+        False,
+        "norms",
+    )
+    assert (cfg.model.position_encoding.temperature, cfg.model.position_encoding.offset) == (10_000, -0.5)
+    assert (cfg.data.skip_empty, cfg.data.one_orientation, cfg.data.batch_size) == (True, 2, 16)
+    # The numbers of their model, of which those that they train (docs: heads of each layer, stem frozen).
+    with torch.device("meta"):
+        model = cfg.model.build(80, load_backbone=False)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 47_640_908
+    groups = cfg.optimizer.build(model).param_groups
+    exempt = sum(p.numel() for group in groups for p in group["params"] if group["weight_decay"] == 0)
+    norms = (m for m in model.modules() if isinstance(m, (torch.nn.LayerNorm, torch.nn.GroupNorm)))
+    assert exempt == sum(p.numel() for m in norms for p in m.parameters()) > 0
 
 
 def schema(kind: typing.Any, found: set[type] | None = None) -> set[type]:

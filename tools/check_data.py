@@ -71,7 +71,7 @@ def build_datasets(options: argparse.Namespace) -> tuple[dict[str, CocoDataset],
 def describe(split: str, dataset: CocoDataset) -> list[str]:
     """What is in it."""
     labels, boxes = dataset.annotations.labels, dataset.annotations.boxes
-    counts = torch.diff(dataset.annotations.box_ends, prepend=torch.zeros(1, dtype=torch.int64))
+    counts = dataset.annotations.counts()
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
     small, large = int((areas < 32**2).sum()), int((areas >= 96**2).sum())
     lines = [

@@ -19,7 +19,7 @@ from structures import Images
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedDetails:
-    """How weights that others trained want to be computed; of no interest to who trains from scratch."""
+    """How published code computes: for weights that it trained, or to train exactly as it does."""
 
     padded_query_positions: bool = False
     """Encode query boxes relative to the padded image; true makes outputs depend on padding."""
@@ -45,7 +45,7 @@ class MultiScaleConfig(DetectorConfig):
     proposal_size: float = 0.05
     """Size of the boxes that pixels of the finest level propose from, relative to the image; doubles every level."""
     published: PublishedDetails = field(default_factory=PublishedDetails)
-    """What only weights that others trained need."""
+    """Details of published code, for its weights or to train as it does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,6 +11,7 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from datasets import Category, CocoConfig, DataConfig
 from datasets.coco import MAX_REPLACEMENTS, SampleKey
 from datasets.images import UnreadableImageError
+from datasets.sampling import RepeatFactor
 from datasets.transforms import RandomFlip, Resize
 from engine.evaluator import Evaluator
 from structures import Detections
@@ -72,6 +73,45 @@ def test_a_sample_depends_on_its_key_only(make_folder):
         first, second = dataset[key].sample, dataset[key].sample
         assert torch.equal(first.image, second.image)
         assert torch.equal(first.boxes, second.boxes)
+
+
+def test_images_without_a_box_can_be_left_out_of_training(make_folder):
+    """Crowds alone are none (detectron2); validation keeps every image."""
+    folder = make_folder(sizes=[(40, 80), (80, 40), (50, 50), (30, 60)], boxes_per_image=0)
+    folder.add(10, [1, 1, 20, 20])
+    folder.add(13, [1, 1, 20, 20], iscrowd=1)
+    folder.add(19, [1, 1, 20, 10])
+    folder.write()
+    for skip, ids in ((False, [10, 13, 16, 19]), (True, [10, 19])):
+        split = CocoConfig(**folder.paths())
+        data = DataConfig(train=split, val=split, batch_size=2, skip_empty=skip, mean=(0, 0, 0), std=(1, 1, 1))
+        train, val = data.build_datasets()
+        assert (train.ids, val.ids) == (ids, [10, 13, 16, 19])
+        assert [get(train, index).boxes.shape[0] for index in range(len(train))] == [int(i in (10, 19)) for i in ids]
+        assert ("2 x image without a box, skipped (001.png, 002.png)" in train.report.lines()) == skip
+
+
+def test_batches_of_one_orientation_go_by_the_annotated_size(make_folder):
+    """Read from the file where it is not stated; square images count as high."""
+    folder = make_folder(sizes=[(40, 80), (80, 40), (50, 50), (30, 60), (60, 30), (20, 90), (90, 20)])
+    for key in ("width", "height"):
+        del folder.content["images"][5][key]
+    folder.write()
+    split = CocoConfig(**folder.paths())
+    data = DataConfig(
+        train=split, val=split, batch_size=2, one_orientation=2, num_workers=0, mean=(0,) * 3, std=(1,) * 3
+    )
+    train, _ = data.build_datasets()
+    assert train.wider_than_high().tolist() == [True, False, False, True, False, True, False]
+    loader = data.build_train_loader(train, seed=1)
+    assert loader.steps_per_epoch == 3
+    for epoch in range(4):
+        for (batch,) in loader.iterate(epoch):
+            assert len({width > height for height, width in batch.original_sizes.tolist()}) == 1
+    with pytest.raises(ValueError, match=r"data.one_orientation=3 must divide data.batch_size=4"):
+        DataConfig(train=split, val=split, batch_size=4, one_orientation=3)
+    with pytest.raises(ValueError, match=r"data.one_orientation=2 needs data.sampling: uniform"):
+        DataConfig(train=split, val=split, batch_size=4, one_orientation=2, sampling=RepeatFactor())
 
 
 def test_a_resized_copy_keeps_its_boxes(make_folder):

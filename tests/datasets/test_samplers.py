@@ -69,6 +69,49 @@ def test_length_is_what_is_left():
     assert list(sampler) == []
 
 
+def in_blocks_by_hand(order, wide, block):
+    """The images as detectron2 groups them: two buckets, and whichever is full is emptied."""
+    buckets, out = {True: [], False: []}, []
+    for image in order:
+        bucket = buckets[bool(wide[image])]
+        bucket.append(image)
+        if len(bucket) == block:
+            out += bucket
+            bucket.clear()
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), min_size=30, max_size=40), st.sampled_from([2, 3, 4]), st.integers(0, 5))
+def test_blocks_of_one_orientation(wide, block, epoch):
+    wide = torch.tensor(wide)
+    arguments = {"length": len(wide), "batch_size": block, "seed": 3, "epoch": epoch}
+    order = [key.image_index for key in flat(steps(**{**arguments, "batch_size": 1}))]
+    found = [key.image_index for key in flat(steps(**arguments, wide=wide, block=block))]
+    assert found == in_blocks_by_hand(order, wide, block)
+    assert len(found) == sum(int(count) // block * block for count in (wide.sum(), (~wide).sum()))
+
+
+def test_blocks_of_one_orientation_are_split_and_resumed_exactly():
+    wide = torch.arange(61) % 3 > 0
+    options = {"length": 61, "batch_size": 8, "epoch": 1, "wide": wide, "block": 4}
+    whole = steps(**options)
+    assert len(whole) == (40 + 20) // 8
+    for world_size, parts in [(2, 1), (1, 4), (2, 2)]:
+        ranks = [
+            steps(rank=rank, world_size=world_size, accumulation_steps=parts, **options) for rank in range(world_size)
+        ]
+        for g, batch in enumerate(whole):
+            assert [key for micro in range(parts) for rank in ranks for key in rank[g][micro]] == flat([batch])
+        if world_size * parts == 2:
+            micro_batches = [micro for rank in ranks for step in rank for micro in step]
+            assert all(len({bool(wide[key.image_index]) for key in micro}) == 1 for micro in micro_batches)
+    for start in range(len(whole) + 1):
+        assert steps(start=start, **options) == whole[start:]
+    assert steps(**{**options, "epoch": 2}) != whole
+    assert len({key.seed for key in flat(whole)}) == len(flat(whole))
+
+
 def test_impossible_batches_are_refused():
     with pytest.raises(
         ValueError, match=r"batch_size=8 must be a multiple of 3 \(3 processes x 1 accumulation steps\)"
@@ -78,6 +121,8 @@ def test_impossible_batches_are_refused():
         TrainBatchSampler(100, 8, seed=0, world_size=4, accumulation_steps=4)
     with pytest.raises(ValueError, match="more than the 7 training images"):
         TrainBatchSampler(7, 8, seed=0)
+    with pytest.raises(ValueError, match="more than the 4 training images in whole blocks of 4 of one orientation"):
+        TrainBatchSampler(10, 8, seed=0, wide=torch.arange(10) < 3, block=4)
 
 
 @settings(max_examples=60, deadline=None)

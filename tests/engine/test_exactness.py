@@ -215,6 +215,7 @@ def test_another_division_into_steps_is_refused(tmp_path: Path) -> None:
     ("changed", "said"),
     [
         ({"batch_size": 4}, r"was trained with data.batch_size=8, this run has 4: .*--init-from"),
+        ({"one_orientation": 2}, r"was trained with data.one_orientation=1, this run has 2: "),
         ({"images": 41}, "was trained on 40 images, this run has 41: "),
         ({"image_ids": "1 to 40"}, "was trained on other images"),
     ],

@@ -46,6 +46,25 @@ def test_groups_by_prefix_and_shape() -> None:
     }
 
 
+def test_norms_only_are_exempt_as_in_detectron2() -> None:
+    """The published rule: by the type of the layer, so that biases and tables of embeddings decay."""
+    net = nn.ModuleDict(
+        {
+            "convolution": nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)),
+            "attention": nn.MultiheadAttention(4, 2),
+            "norm": nn.LayerNorm(4),
+            "table": nn.Embedding(3, 4),
+        }
+    )
+    net.register_parameter("vector", nn.Parameter(torch.zeros(4)))
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    groups = OptimizerConfig(lr_scales={}, no_decay="norms").build(net).param_groups
+    found = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    exempt = {"convolution.1.weight", "convolution.1.bias", "convolution.2.weight", "convolution.2.bias"}
+    exempt |= {"norm.weight", "norm.bias"}
+    assert found == {name: 0.0 if name in exempt else 1e-4 for name in names.values()}
+
+
 class Layered(nn.Sequential):
     """A backbone of three layers and a part that belongs to none."""
 
@@ -115,6 +134,18 @@ def test_step_schedule_of_the_paper() -> None:
     assert schedule.factor(1099, 100) == 1.0
     assert schedule.factor(1100, 100) == pytest.approx(0.1)
     assert StepSchedule(milestones=(0.5, 1.0)).factor(150, 100) == pytest.approx(0.01)
+
+
+def test_an_epoch_can_be_a_number_of_steps() -> None:
+    """detrex's schedule: 7,500 steps an epoch on any data."""
+    schedule = StepSchedule(epochs=12, milestones=(11.0,), epoch_steps=7500)
+    for pass_length in (10, 7329):
+        assert schedule.total_steps(pass_length) == 90_000
+        assert (schedule.factor(82_499, pass_length), schedule.factor(82_500, pass_length)) == (1.0, 0.1)
+        assert not schedule.doubts(pass_length)
+    assert CosineSchedule(epochs=2, epoch_steps=5).factor(5, 100) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="epoch_steps must be at least 1"):
+        StepSchedule(epoch_steps=0)
 
 
 def test_warm_up_is_linear_and_reaches_one() -> None:

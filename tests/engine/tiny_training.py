@@ -134,6 +134,7 @@ class Options:
     steps: int = 12
     steps_per_epoch: int = 5
     batch_size: int = 8
+    one_orientation: int = 1
     images: int = 40
     image_ids: str = "0 to 39"
     accumulation_steps: int = 1
@@ -225,7 +226,7 @@ def build(options: Options) -> Trainer:
         identity={
             "config": {"seed": options.seed},
             "categories": [[1, "a"], [5, "b"], [9, "c"]],
-            "data": {"batch_size": options.batch_size, "images": options.images, "image_ids": options.image_ids},
+            "data": {key: getattr(options, key) for key in ("batch_size", "one_orientation", "images", "image_ids")},
             "environment": {"ballast": torch.zeros(options.ballast_mib * 2**18)},
         },
     )

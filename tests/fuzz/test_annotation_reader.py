@@ -71,7 +71,7 @@ def outcome(action: Any, *arguments: Any) -> Any:
 def assert_same(left: AnnotationColumns, right: AnnotationColumns) -> None:
     for one, other in zip(left[:-1], right[:-1], strict=True):
         np.testing.assert_array_equal(one, other)
-    assert repr(left.shown) == repr(right.shown)
+    assert left.shown == right.shown
 
 
 @fuzzing(500)
@@ -108,6 +108,14 @@ def test_columns_do_not_depend_on_what_stands_beside_an_entry(entries: list[dict
         (one,) = [annotation_columns([entry])]
         for column, single in zip(together[:-1], one[:-1], strict=True):
             np.testing.assert_array_equal(column[index], single[0])
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_an_entry_without_its_id_is_called_the_same_in_any_piece(path: Path, piece: int) -> None:
+    path.write_bytes(ORIGINALS[0].replace(b'"id": 6', b'"d": 6'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coco_file, "PIECE", piece)
+        assert read_annotation_file(path).annotations.shown == {6: "annotation None"}
 
 
 @pytest.mark.parametrize("piece", PIECES)
