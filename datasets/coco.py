@@ -15,7 +15,7 @@ from torchvision.datasets import CocoDetection, VisionDataset
 
 from datasets.annotations import Category, CleaningReport, PackedAnnotations
 from datasets.coco_files import CocoFiles, Split, join
-from datasets.images import UnreadableImageError, decode_image, read_size
+from datasets.images import UnreadableImageError, decode_image, read_header, read_size
 from datasets.labelled_image import LabelledImage, relative_boxes
 from datasets.transforms import Transform, apply_transforms
 from datasets.unlabelled import PackedUnlabelled
@@ -23,6 +23,9 @@ from datasets.unlabelled import PackedUnlabelled
 MAX_REPLACEMENTS = 16
 """So many images in a row may be unreadable before training stops: then it is the disk, not the image."""
 
+
+HEADERS_LOOKED_AT = 200
+"""So many files are opened before training, to find pictures that are to be turned."""
 
 _logger = logging.getLogger(__name__)
 
@@ -253,9 +256,27 @@ class CocoConfig(CocoFiles):
             empty = data.packed.counts() == 0
             data.report.add_all("image without a box, skipped", empty.nonzero()[:, 0].numpy(), data.packed.file_name)
             data = data.select((~empty).nonzero()[:, 0])
+        _doubt_orientations(Path(data.root), data.packed, data.report)
         if training and not len(data.packed.labels):
             raise ValueError(
                 f"{self.annotations} has no usable box to train on: "
                 f"{'; '.join(data.report.lines()) or 'no annotations'}"
             )
         return CocoDataset(*data[:4], self.transforms, training, self.strict_images, data.unknown)
+
+
+def _doubt_orientations(root: Path, packed: PackedAnnotations, report: CleaningReport) -> None:
+    """Look at the headers of some files from all over a data set: whoever keeps photographs as they were taken, has
+    many that are to be turned."""
+    count = min(HEADERS_LOOKED_AT, len(packed.image_ids))
+    of_many = "" if count == len(packed.image_ids) else f" (of {count} looked at)"
+    for index in torch.linspace(0, len(packed.image_ids) - 1, count).round().int().tolist():
+        height, width = packed.sizes[index].tolist()
+        path = root / packed.file_name(index)
+        try:
+            # A pipe would be waited for.
+            doubt = read_header(path).about_orientation((height, width)) if path.is_file() else ""
+        except UnreadableImageError:
+            continue
+        if doubt:
+            report.add(doubt + of_many, packed.file_name(index))

@@ -68,6 +68,14 @@ class Header(NamedTuple):
     orientation: int
     """EXIF's, 1 to 8; 1 is upright."""
 
+    def about_orientation(self, stated_size: tuple[int, int]) -> str:
+        """What to doubt about a picture that is to be turned and of which annotations state this (height, width)."""
+        if self.orientation == 1:
+            return ""
+        if self.orientation >= 5 and stated_size == (self.width, self.height) != (self.height, self.width):
+            return "image annotated upright, turned by its EXIF orientation"
+        return "image with an EXIF orientation, used as stored: look whether its boxes fit"
+
 
 def read_header(path: Path | str) -> Header:
     """Reads no pixels.

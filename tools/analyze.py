@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import config
 from analysis.detections_file import ImageInfo, annotated_images
 from analysis.figures import draw_all

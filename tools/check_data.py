@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import config
 from datasets import CleaningReport, CocoConfig, CocoDataset
 from datasets.coco import Sample, SampleKey
@@ -99,10 +102,8 @@ def inspect_image(dataset: CocoDataset, index: int) -> list[tuple[str, str]]:
         findings.append((f"image in mode {header.mode}, converted to RGB", name))
     if header.frames > 1:
         findings.append(("animation, its first frame is used", name))
-    if (header.height, header.width) != tuple(image.shape[1:]):
-        findings.append(("image annotated upright, turned by its EXIF orientation", name))
-    elif header.orientation > 1:
-        findings.append(("image with an EXIF orientation, used as stored: look whether its boxes fit", name))
+    if doubt := header.about_orientation(dataset.stated_size(index)):
+        findings.append((doubt, name))
     if index in dataset.damaged:
         findings.append(
             ("image whose file ends too early, used as far as it goes", f"{name}: {dataset.damaged[index]}")
@@ -185,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         findings = dataset.report.lines()
         if not options.no_decode:
             report, readable = inspect_images(dataset, options.processes)
-            findings += report.lines()
+            findings = list(dict.fromkeys(findings + report.lines()))  # a sample of it was looked at already
             refusals += [] if readable else [f"{split}: not one of its images can be read"]
         print("\n".join(f"  {line}" for line in findings or ["nothing to complain about"]))
     if not options.no_decode:

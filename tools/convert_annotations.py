@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from datasets.annotations import CleaningReport, pack_annotations, read_categories
 from engine.whole_files import replacing
 from ops.coco_file import from_content

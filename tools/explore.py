@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import config
 from analysis import exploration
 from analysis.best_regressed import BestRegressed

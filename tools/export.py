@@ -20,6 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from config import Config
 from models import Detector
 from structures import Images

@@ -20,6 +20,9 @@ import torch
 import yaml
 from torch import Tensor
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import config as configuration
 from config import Config
 from datasets import Category

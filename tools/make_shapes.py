@@ -8,6 +8,9 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from datasets.shapes import ShapesConfig, generate
 from tools import console
 

@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from datasets.image_files import EXTENSIONS, image_files
 from datasets.images import UnreadableImageError
 from engine.lettering import lettered

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, cast
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import config as configuration
 from engine import checkpoint, distributed
 from engine.runs.diagnosis import StepRecord

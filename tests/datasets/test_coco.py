@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import warnings
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 
-from datasets import Category, CocoConfig, DataConfig
+from datasets import Category, CocoConfig, DataConfig, coco
 from datasets.coco import MAX_REPLACEMENTS, SampleKey
 from datasets.images import UnreadableImageError
 from datasets.sampling import RepeatFactor
@@ -112,6 +113,29 @@ def test_batches_of_one_orientation_go_by_the_annotated_size(make_folder):
         DataConfig(train=split, val=split, batch_size=4, one_orientation=3)
     with pytest.raises(ValueError, match=r"data.one_orientation=2 needs data.sampling: uniform"):
         DataConfig(train=split, val=split, batch_size=4, one_orientation=2, sampling=RepeatFactor())
+
+
+@pytest.mark.parametrize("looked_at", [200, 4])
+def test_pictures_that_are_to_be_turned_are_said_before_training(make_folder, monkeypatch, looked_at):
+    """Of many files, some are looked at; a pipe among them is not waited for."""
+    monkeypatch.setattr(coco, "HEADERS_LOOKED_AT", looked_at)
+    folder = make_folder(sizes=[(40, 80)] * 7)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for index in range(0, 7, 2):
+        Image.new("RGB", (80, 40)).save(folder.images / f"{index:03d}.png", exif=exif)
+    folder.content["images"][2].update(height=80, width=40)
+    (folder.images / "005.png").unlink()
+    os.mkfifo(folder.images / "005.png")
+    folder.write()
+    for split in ("train", "val"):
+        lines = [line for line in build(folder, split).report.lines() if "EXIF" in line]
+        of = "" if looked_at == 200 else " (of 4 looked at)"
+        assert lines == [
+            f"3 x image with an EXIF orientation, used as stored: look whether its boxes fit{of} "
+            "(000.png, 004.png, 006.png)",
+            f"1 x image annotated upright, turned by its EXIF orientation{of} (002.png)",
+        ]
 
 
 def test_a_resized_copy_keeps_its_boxes(make_folder):

@@ -4,6 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+OWN_IMPORTS = tuple(
+    f"{word} {package}"
+    for word in ("from", "import")
+    for package in ("analysis", "config", "datasets", "engine", "experiments", "losses", "models", "ops", "tools")
+)
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
@@ -25,3 +30,18 @@ def test_a_tool_runs_in_a_folder_with_packages_of_the_same_names(tmp_path: Path)
         assert listed.returncode == 2
         assert "predict" in listed.stderr
         assert "detector" not in listed.stderr
+
+
+def test_every_tool_runs_as_a_file_too(tmp_path: Path) -> None:
+    """All are told to replace their own folder on the path; one is run."""
+    (tmp_path / "datasets.py").write_text("raise SystemExit('the wrong one')")
+    tool = str(TOOLS / "make_shapes.py")
+    found = subprocess.run([sys.executable, tool, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stderr) == (0, "")
+    for path in TOOLS.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if 'if __name__ == "__main__"' in text and path.stem != "__main__":
+            lines = text.splitlines()
+            own = next(number for number, line in enumerate(lines) if line.startswith("if not __package__:"))
+            first = next(n for n, line in enumerate(lines) if line.startswith(OWN_IMPORTS))
+            assert own < first, path

@@ -172,6 +172,7 @@ def _true_size(path: Path, stated: tuple[int, int] | None, report: CleaningRepor
     stored = (header.height, header.width)
     upright = stored[::-1] if header.orientation >= 5 else stored
     if stated == upright != stored:
+        report.add("picture annotated upright, to be turned by its EXIF orientation", path.name)
         return upright
     if stated not in (None, stored):
         report.add("XML file that states another size than its picture has, which is taken", path.name)
