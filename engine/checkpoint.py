@@ -138,7 +138,7 @@ def load(path: Path) -> Loaded:
         raise CheckpointError(
             f"{path}: not a checkpoint of this program (for its weights only: --init-from){_usable_beside(path)}"
         )
-    if state["format"] != FORMAT:
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise CheckpointError(
             f"{path}: has checkpoint format {state['format']}, this program reads {FORMAT}{_usable_beside(path)}"
         )
@@ -254,7 +254,7 @@ def check_categories(saved: Sequence[Sequence[Any]], current: Sequence[Sequence[
         difference = f"it has {len(old)} classes, the annotations have {len(new)}"
     else:
         a, b = next((a, b) for a, b in zip(old, new, strict=True) if a != b)
-        difference = f"its class {a[1]!r} (id {a[0]}) is {b[1]!r} (id {b[0]}) in the annotations"
+        difference = " ".join(f"its class {a[1]!r} (id {a[0]}) is {b[1]!r} (id {b[0]}) in the annotations".split())
     raise CheckpointError(f"{source}: is for other classes: {difference} (to fine-tune on other classes: --init-from)")
 
 

@@ -107,6 +107,14 @@ def test_entries_changed(run: Path, trainer: Trainer, trainer_state: dict[str, A
     check(path, trainer.load_state_dict)
 
 
+@pytest.mark.parametrize(("key", "value"), [("format", torch.zeros(0)), ("categories", [[1, torch.zeros(3, 3)]] * 3)])
+def test_tensors_where_there_should_be_none(
+    run: Path, trainer: Trainer, trainer_state: dict[str, Any], key: str, value: Any
+) -> None:
+    torch.save({**trainer_state, key: value}, run / "changed.pth")
+    check(run / "changed.pth", trainer.load_state_dict)
+
+
 def test_a_folder_is_no_checkpoint(run: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"is a directory, name a file in it; usable beside it: .*{LAST}"):
         checkpoint.load(run)
