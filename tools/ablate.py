@@ -13,6 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import schema
 from experiments.declared import Declaration, decide, sentence, write_verdict
 from experiments.grid import parse_grid

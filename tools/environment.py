@@ -6,6 +6,9 @@ import json
 
 import torch
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from engine.coco_metrics import choose_backend
 from engine.runs.environment import describe_environment
 from ops.ms_deform_attn import available_backends, describe_backend

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import torch
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import config as configuration
 from config import Config
 from engine import checkpoint, distributed

@@ -115,7 +115,7 @@ def test_an_entry_without_its_id_is_called_the_same_in_any_piece(path: Path, pie
     path.write_bytes(ORIGINALS[0].replace(b'"id": 6', b'"d": 6'))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coco_file, "PIECE", piece)
-        assert read_annotation_file(path).annotations.shown == {6: "annotation None"}
+        assert read_coco_file(path).annotations.shown == {6: "annotation None"}
 
 
 @pytest.mark.parametrize("piece", PIECES)
