@@ -186,7 +186,8 @@ def _fit(maps: Tensor, height: int, width: int) -> Tensor:
     # By index: padding and slicing compare sizes, and torch.export takes what it finds in the example for a rule.
     rows, columns = (torch.arange(side, device=maps.device) for side in (height, width))
     inside = (rows < maps.shape[-2])[:, None] & (columns < maps.shape[-1])
-    return maps[..., rows % maps.shape[-2], :][..., columns % maps.shape[-1]] * inside
+    rows, columns = rows.clamp(max=maps.shape[-2] - 1), columns.clamp(max=maps.shape[-1] - 1)
+    return maps.index_select(-2, rows).index_select(-1, columns) * inside
 
 
 def _indices(config: BackboneConfig, found: Outline) -> tuple[int, ...]:
