@@ -155,7 +155,9 @@ class Backbone(nn.Module):
         """[B, 3, H, W] → maps [B, channels_i, ≈H / stride_i, ≈W / stride_i], finest first."""
         height, width = images.shape[-2:]
         if self.size_multiple > 1:
-            images = _fit(images, *(-(-side // self.size_multiple) * self.size_multiple for side in (height, width)))
+            # Rounded up with positive numbers: ONNX divides towards zero.
+            multiple = self.size_multiple
+            images = _fit(images, *((side + multiple - 1) // multiple * multiple for side in (height, width)))
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         # At once, unless parts are recomputed, or exported: there each convolution does it by itself.
@@ -174,7 +176,7 @@ class Backbone(nn.Module):
         if self.pyramid is not None:
             features = self.pyramid(features[0])
         if self.size_multiple > 1 or self.pyramid is not None:  # what was padded is cut off
-            sizes = [(-(-height // stride), -(-width // stride)) for stride in self.strides]
+            sizes = [((height + stride - 1) // stride, (width + stride - 1) // stride) for stride in self.strides]
             features = [_fit(feature, *size) for feature, size in zip(features, sizes, strict=True)]
         return features
 
