@@ -1,4 +1,4 @@
-"""Where detectors look for chosen targets: the best-regressed query of each, its sampling points and their weights."""
+"""Where detectors look for chosen targets: the best-regressed query of each, its sampling points or its attention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHOWN_POINTS = 0.9
 _AREA = 120.0
 """Of a point with all the attention, in square points; those without any have ``_LEAST_AREA``."""
 _LEAST_AREA = 3.5
-_TARGET, _PREDICTION = "#F0E442", "black"
+_TARGET, _PREDICTION, _HEAT = "#F0E442", "black", "#D55E00"
 
 
 @contextmanager
@@ -117,6 +117,11 @@ class LookingQuery(NamedTuple):
     weights: Floats
     """[H, L, P], summing to 1 over levels and points of a head."""
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether it looks at all pixels of one level, row by row, and not around a reference."""
+        return bool(np.isnan(self.reference_xyxy).all())
+
 
 def looking_query(
     target: int,
@@ -177,6 +182,8 @@ class LookingRow(NamedTuple):
 def draw_sampling(path: Path, labels: Sequence[str], rows: Sequence[LookingRow]) -> None:
     """One row for each target, one column for each checkpoint; area is weight, colour and shape the feature level.
 
+    Dense attention is a heat map, the mean of the heads: the deeper a pixel's colour, the more it is looked at.
+
     Args:
         path: PNG file to write.
         labels: of the checkpoints.
@@ -187,7 +194,7 @@ def draw_sampling(path: Path, labels: Sequence[str], rows: Sequence[LookingRow])
         figure,
         axes,
     ):
-        levels = 1
+        shown = [query for row in rows for query in row.queries if query is not None]
         for row, (title, picture, target, queries) in enumerate(rows):
             window = crop_window(target, [query for query in queries if query is not None], picture.size)
             for c, query in enumerate(queries):
@@ -197,14 +204,13 @@ def draw_sampling(path: Path, labels: Sequence[str], rows: Sequence[LookingRow])
                 axis.set_facecolor("0.9")  # beyond the image's borders
                 draw_box(axis, target, _TARGET, halo="black", width=2.6)
                 if query is not None:
-                    levels = max(levels, query.points.shape[1])
                     _draw_query(axis, query)
                 x0, y0, x1, y1 = window
                 axis.set(xlim=(x0, x1), ylim=(y1, y0))
                 text = "not read" if query is None else f"score {query.score:.2f}, IoU {query.iou:.2f}"
                 axis.set_title(f"{labels[c]}\n{text}" if row == 0 else text, fontsize=FONT, pad=2)
             axes[row][0].set_ylabel(title, fontsize=FONT)
-        figure.legend(handles=_legend(levels), loc="outside lower center", ncols=3, columnspacing=1.2)
+        figure.legend(handles=_legend(shown), loc="outside lower center", ncols=3, columnspacing=1.2)
 
 
 def crop_window(target_xyxy: Floats, queries: Sequence[LookingQuery], size: tuple[int, int]) -> Floats:
@@ -237,6 +243,9 @@ def _draw_query(axis: Any, query: LookingQuery) -> None:
     draw_box(axis, query.reference_xyxy, _PREDICTION, halo="white", dashed=True, width=0.8)
     # Thin: where prediction and target coincide, both are seen.
     draw_box(axis, query.box_xyxy, _PREDICTION, halo="white", width=0.9)
+    if query.is_dense:
+        _draw_heat(axis, query)
+        return
     for level in range(query.points.shape[1]):
         weights = query.weights[:, level].ravel()
         order = np.argsort(-weights, kind="stable")  # the heaviest first, so that they do not hide the others
@@ -247,12 +256,26 @@ def _draw_query(axis: Any, query: LookingQuery) -> None:
         )  # fmt: skip
 
 
+def _draw_heat(axis: Any, query: LookingQuery) -> None:
+    from matplotlib.colors import to_rgb
+
+    x, y = (np.unique(coordinates) for coordinates in query.points[0, 0].T)
+    heat = query.weights.mean(axis=0).reshape(len(y), len(x))
+    colours = np.empty((*heat.shape, 4))
+    colours[..., :3], colours[..., 3] = to_rgb(_HEAT), 0.9 * heat / heat.max()
+    # The coordinates are those of centres, the extent is that of the outermost pixels' borders.
+    extent = (0, x[0] + x[-1], y[0] + y[-1], 0)
+    axis.imshow(colours, extent=extent, interpolation="nearest", zorder=1.5)
+
+
 def _area(weight: Any) -> Any:
     return _LEAST_AREA + _AREA * weight
 
 
-def _legend(levels: int) -> list[Any]:
+def _legend(queries: Sequence[LookingQuery]) -> list[Any]:
     from matplotlib.lines import Line2D
+
+    levels = max((query.points.shape[1] for query in queries if not query.is_dense), default=0)
 
     def point(marker: str, colour: str, weight: float, label: str) -> Any:
         # Lines give the diameter of a marker where scatter gives its area.
@@ -260,10 +283,13 @@ def _legend(levels: int) -> list[Any]:
         return Line2D([], [], linestyle="", marker=marker, color=colour, markersize=size, label=label)
 
     handles = [point(MARKERS[i % len(MARKERS)], COLOURS[i % len(COLOURS)], 0.2, f"level {i}") for i in range(levels)]
-    handles += [point("o", "0.5", weight, f"weight {weight:g}") for weight in (0.05, 0.2, 0.5)]
+    handles += [point("o", "0.5", weight, f"weight {weight:g}") for weight in (0.05, 0.2, 0.5) if levels]
+    if any(query.is_dense for query in queries):
+        handles.append(point("s", _HEAT, 0.2, "attention, mean of heads"))
     handles += [
         Line2D([], [], color=_TARGET, linewidth=2.6, label="target"),
         Line2D([], [], color=_PREDICTION, linewidth=0.9, label="prediction"),
-        Line2D([], [], color=_PREDICTION, linewidth=0.9, linestyle="--", label="reference"),
     ]
+    if levels:
+        handles.append(Line2D([], [], color=_PREDICTION, linewidth=0.9, linestyle="--", label="reference"))
     return handles

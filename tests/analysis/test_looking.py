@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from analysis.looking import (
     ChosenTarget,
     LookingQuery,
     LookingRow,
+    _draw_query,
     chosen_targets,
     crop_window,
     draw_sampling,
@@ -125,3 +127,22 @@ def test_checkpoints_are_columns_and_targets_rows(tmp_path, monkeypatch):
     # The second checkpoint could not read the image: points of level 0 are in the left half only, but for the legend.
     plots = blue[: int(0.8 * len(blue))]
     assert plots[:, :right].sum() > 4 * max(1, plots[:, right:].sum())
+
+
+def test_dense_attention_is_a_map_over_the_image():
+    """The mean of the heads, each weight over the pixel of its point; padding beyond the image is out of sight."""
+    figure, axis = plt.subplots()
+    x, y = np.meshgrid([8.0, 24, 40, 56], [8.0, 24, 40])  # a level of 3 x 4 pixels of an image of 48 x 48
+    points = np.broadcast_to(np.stack([x, y], axis=-1).reshape(1, 1, 12, 2), (2, 1, 12, 2))
+    weights = np.zeros((2, 1, 12))
+    weights[0, 0, 6], weights[1, 0, [6, 1]] = 1, (0.25, 0.75)  # (40, 24) and (24, 8)
+    box = np.array([10, 10, 40, 40.0])
+    _draw_query(axis, LookingQuery(0, 0.5, 0.7, box, np.full(4, np.nan), points, weights))
+    (drawn,) = axis.images
+    assert drawn.get_extent() == [0, 64, 48, 0]
+    opacity = drawn.get_array()[..., 3]
+    assert opacity[1, 2] == opacity.max() > 0.5
+    assert opacity[0, 1] == pytest.approx(opacity.max() * 0.375 / 0.625)
+    assert np.count_nonzero(opacity) == 2
+    assert not axis.collections  # no points
+    plt.close(figure)

@@ -66,6 +66,7 @@ def test_every_entry_of_the_published_models_is_used_or_left_out(case: str) -> N
         "transformers_detr_r50": {"name": "detr", "num_queries": 12, "embed_dim": 64},
         "conditional_detr_r50": {"name": "conditional_detr", "num_queries": 12},
         "dab_detr_r50": {"name": "dab_detr", "num_queries": 12, "position_encoding": SinePositionEncoding()},
+        "align_dab_detr_r50": {"name": "dab_detr", "num_queries": 12, "position_encoding": SinePositionEncoding()},
         "dn_detr_r50": {"name": "dn_detr", "num_queries": 12},
         "deformable_detr_r50": {"num_queries": 12, "box_refinement": False, "two_stage": False},
         "deformable_detr_refine_r50": {"num_queries": 12, "box_refinement": True, "two_stage": False},

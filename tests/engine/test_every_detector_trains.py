@@ -1,0 +1,150 @@
+"""Every detector of the index through the commands: what the engine promises holds whatever the model."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import signal
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from test_exactness import assert_identical, last
+from tiny_training import make_batch, map_pixels
+from training_processes import run_processes
+
+import main
+from datasets.shapes import ShapesConfig, generate
+from engine import checkpoint, distributed, validation
+from engine.optimizer import OptimizerConfig
+from engine.runs.signals import Interrupted
+from engine.step import OptimizerStep
+from schema import plain
+from structures import Batch, BatchSize
+from tools import analyze
+from tools.detector import Detector
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
+from family import FAMILY, criterion_for
+
+DETECTORS = {config.name: name for name, config in FAMILY.items()}
+"""Of each detector the last of its forms, which has the most parts."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    generate(directory, ShapesConfig(train_images=4, val_images=2, image_size=48, max_object_size=40, seed=3), 1)
+    return directory
+
+
+def write_configuration(directory: Path, data: Path, name: str) -> Path:
+    sets = {
+        split: {"images": f"{data}/images/{split}", "annotations": f"{data}/annotations/instances_{split}.json"}
+        for split in ("train", "val")
+    }
+    values = {
+        "model": plain(FAMILY[name]),
+        "criterion": plain(criterion_for(FAMILY[name])),
+        "data": {**sets, "batch_size": 4, "num_workers": 0},
+        "schedule": {"name": "cosine", "steps": 2, "warmup_steps": 1},
+        "trainer": {"device": "cpu", "precision": "bf16", "accumulation_steps": 2, "log_every": 1},
+    }
+    path = directory / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("name", DETECTORS.values(), ids=DETECTORS)
+def test_it_trains_resumes_fine_tunes_predicts_and_is_analysed(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 and micro-batches: resuming gives the same bits; --init-from, prediction and analysis take its file."""
+    monkeypatch.setattr(validation, "draw_predictions", lambda *_: None)
+    options = ["--cfg", str(write_configuration(tmp_path, data, name))]
+    main.run([*options, f"output_dir={tmp_path}/whole"])
+    update, steps = OptimizerStep.update, itertools.count(1)
+
+    def interrupt(step: OptimizerStep) -> None:
+        update(step)
+        if next(steps) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as first_step:
+        first_step.setattr(OptimizerStep, "update", interrupt)
+        with pytest.raises(Interrupted):
+            main.run([*options, f"output_dir={tmp_path}/parts"])
+    assert last(tmp_path / "parts")["position"]["step"] == 1
+    main.run([*options, f"output_dir={tmp_path}/parts", "--resume", "auto"])
+    whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
+    for state in (whole, parts):
+        del state["config"]["output_dir"]
+    assert_identical(whole, parts)
+
+    file = tmp_path / "whole" / checkpoint.LAST
+    overrides = ["optimizer.lr=0", "trainer.ema_decay=null", "schedule.steps=1"]
+    main.run([*options, "--init-from", str(file), *overrides, f"output_dir={tmp_path}/tuned"])
+    best = whole["weights"] if whole["ema"] is None else whole["ema"]
+    for key, value in last(tmp_path / "tuned")["weights"].items():
+        torch.testing.assert_close(value, typing.cast(Any, best)[key], msg=key)
+
+    picture = next((data / "images" / "val").iterdir())
+    (found,) = Detector(file, device="cpu")([picture])
+    assert len(found.scores) == min(20, 12 if FAMILY[name].no_object else 20)
+    assert bool(found.boxes_xyxy.isfinite().all())
+    drawn: list[Any] = []
+    monkeypatch.setattr(analyze, "draw_all", lambda *_: [])
+    monkeypatch.setattr(analyze, "draw_sampling", lambda *arguments: drawn.append(arguments))
+    assert analyze.main(["--resume", str(file), "--out", str(tmp_path / "analysis")]) == 0
+    assert (tmp_path / "analysis" / "analysis.json").exists()
+    queries = [query for row in drawn[0][2] for query in row.queries]
+    assert queries
+    assert all(query.weights.sum() == pytest.approx(FAMILY[name].num_heads, rel=1e-3) for query in queries)
+
+
+def larger_batch(seeds: list[int]) -> Batch:
+    """Images of 48 x 48 pixels; the one of seed 0 has no targets."""
+    batch = map_pixels(make_batch(seeds), functools.partial(torch.nn.functional.interpolate, scale_factor=6.0))
+    size = batch.images.sizes * 6
+    return batch._replace(images=batch.images._replace(sizes=size), original_sizes=size)
+
+
+def gradients(parts: list[list[int]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Of the first step of each detector, with micro-batches of these seeds on this process, of 4 images in all."""
+    found = {}
+    for detector, name in DETECTORS.items():
+        torch.manual_seed(0)
+        model = FAMILY[name].build(3)
+        for parameter in model.parameters():
+            parameter.data += torch.randn_like(parameter) * 0.05
+        step = OptimizerStep(
+            model, criterion_for(FAMILY[name]), OptimizerConfig().build(model), device=torch.device("cpu")
+        )
+        step.backward([larger_batch(seeds) for seeds in parts], BatchSize(6, 4))
+        found[detector] = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    return found
+
+
+def gradients_of_two_processes(path: Path) -> None:
+    with distributed.process_group(torch.device("cpu"), 60):
+        found = gradients([[2, 3]] if distributed.rank() else [[0, 1]])
+        if distributed.is_main():
+            torch.save(found, path)
+
+
+def test_gradients_do_not_depend_on_the_split(tmp_path: Path) -> None:
+    """One batch, two micro-batches, two processes: the sums of all are the same."""
+    ended = run_processes(functools.partial(gradients_of_two_processes, tmp_path / "two.pth"), processes=2)
+    assert [end.code for end in ended] == [0, 0], ended[0].errors
+    whole, two = gradients([[0, 1, 2, 3]]), torch.load(tmp_path / "two.pth", weights_only=True)
+    for other in (gradients([[0, 1], [2, 3]]), two):
+        for detector, expected in whole.items():
+            assert other[detector].keys() == expected.keys()
+            scale = max(float(value.abs().max()) for value in expected.values())
+            for key, value in expected.items():
+                torch.testing.assert_close(other[detector][key], value, rtol=1e-3, atol=1e-5 * scale, msg=key)
