@@ -58,6 +58,10 @@ REFUSED = {
     "crossvit_9_240": "gives maps of other strides than it states",
     "efficientformer_l1": "takes only images of 224 × 224 pixels",
     "efficientformerv2_s0": "takes only images of 224 × 224 pixels",
+    "levit_128s": "takes only images of 224 × 224 pixels",
+    "pit_ti_224": "takes only images of 224 × 224 pixels",
+    "test_vit_relpos": "takes only images of 160 × 160 pixels",
+    "visformer_tiny": "takes only images of 224 × 224 pixels",
 }
 
 
