@@ -80,8 +80,7 @@ def prepare(
     Args:
         cfg: of the run.
         device: of this process.
-        directory: the hold on the output directory, which then notes configuration and environment; None where another
-            process has it, or none.
+        directory: the hold on the output directory, which then notes configuration and environment; None: nothing does.
         loaded: checkpoint to go on from.
         init_from: file whose weights a new run starts with.
     """
@@ -95,9 +94,10 @@ def prepare(
         for title, dataset in (("training", train_set), ("validation", val_set)):
             for line in dataset.report.lines():
                 log.info("%s annotations: %s", title, line)
-        rank, world_size, accumulation = distributed.rank(), distributed.world_size(), cfg.trainer.accumulation_steps
+        rank, world, parts = distributed.rank(), distributed.world_size(), cfg.trainer.accumulation_steps
+        length = cfg.schedule.total_steps
         loader = cfg.data.build_train_loader(
-            train_set, seed=cfg.seed, rank=rank, world_size=world_size, accumulation_steps=accumulation
+            train_set, seed=cfg.seed, rank=rank, world_size=world, accumulation_steps=parts, total_steps=length
         )
         categories = [list(category) for category in train_set.categories]
         counts = torch.bincount(train_set.annotations.labels, minlength=len(categories)).tolist()

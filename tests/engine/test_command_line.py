@@ -229,6 +229,15 @@ def test_everything_random_at_once_is_exact(
     assert_identical(whole, parts)
 
 
+def test_a_transform_ends_where_the_schedule_says(data: Path, tmp_path: Path) -> None:
+    """In a training of two steps, one that ends at half of it is made in the first."""
+    smaller = "[{name: resize_exact, height: 32, width: 40, until: 0.5}]"
+    overrides = [f"data.train.transforms={smaller}", f"output_dir={tmp_path}"]
+    trainer = main.prepare(config.load(data / "tiny.yaml", overrides), torch.device("cpu"), None, None)
+    (first,), (second,) = next(trainer.loader.iterate(0, 0)), next(trainer.loader.iterate(1, 0))
+    assert [tuple(batch.images.pixels.shape[2:]) for batch in (first, second)] == [(32, 40), (64, 64)]
+
+
 def test_unreadable_validation_images_are_told(trained: Path, data: Path, command: Command, tmp_path: Path) -> None:
     shutil.copytree(data / "images/val", tmp_path / "val")
     broken = next((tmp_path / "val").iterdir())
