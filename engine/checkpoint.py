@@ -297,7 +297,7 @@ def _damage(path: Path) -> str | None:
             damaged = archive.testzip()
     except Exception as error:  # decompression, encryption, sizes, names: all from bytes that are not as written
         return f"damaged: {' '.join(str(error).split())}"
-    return None if damaged is None else f"damaged at {damaged}"
+    return None if damaged is None else f"damaged at {damaged!r:.80}"
 
 
 def _usable_beside(path: Path, *, itself: bool = False) -> str:

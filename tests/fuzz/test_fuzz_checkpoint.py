@@ -115,6 +115,16 @@ def test_tensors_where_there_should_be_none(
     check(run / "changed.pth", trainer.load_state_dict)
 
 
+def test_a_changed_name_in_the_archive_is_shown_on_one_line(run: Path, trainer: Trainer) -> None:
+    """Names stand at each entry and in the directory at the end; a line break comes into the latter."""
+    whole = (run / LAST).read_bytes()
+    at = whole.rindex(b"/data/3") + len(b"/data/3")
+    (run / "changed.pth").write_bytes(whole[: at - 1] + b"\n" + whole[at:])
+    with pytest.raises(CheckpointError, match=r"damaged at 'archive/data/.*n"):
+        checkpoint.load(run / "changed.pth")
+    check(run / "changed.pth", trainer.load_state_dict)
+
+
 def test_a_folder_is_no_checkpoint(run: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"is a directory, name a file in it; usable beside it: .*{LAST}"):
         checkpoint.load(run)
