@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from datasets import DataConfig
-from engine.optimizer import OptimizerConfig, Schedule, StepSchedule
+from engine.optimizer import Optimizer, OptimizerConfig, Schedule, StepSchedule
 from engine.trainer_config import TrainerConfig
 from former_keys import modernise
 from losses import Criterion
@@ -30,8 +30,8 @@ class Config:
     """What is supervised, by which losses and which matcher."""
     data: DataConfig
     """Data sets, augmentation and batching."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Optimizer and gradient clipping."""
+    optimizer: Optimizer = field(default_factory=OptimizerConfig)
+    """Optimizer and gradient clipping, picked by name (adamw where it is not given)."""
     schedule: Schedule = field(default_factory=StepSchedule)
     """Length of the training and course of the learning rate, picked by name."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 import config as configuration
+from analysis.detections_file import annotated_images, detections_by_image, read_rows
+from analysis.operating_points import draw_all
 from config import Config
 from datasets import Category, CocoDataset, DataConfig
 from engine import checkpoint, distributed, run_log
@@ -23,10 +25,11 @@ from engine.runs.environment import VERSION, describe_environment
 from engine.runs.run_directory import DETECTIONS, PREDICTIONS, RunDirectory, record_start
 from engine.runs.transfer import initialise_from
 from engine.step import OptimizerStep, configure_device
-from engine.trainer import Trainer, summarise_metrics
+from engine.trainer import Trainer
 from engine.validation import Validation
 from models import Detector
 from ops.ms_deform_attn import describe_backend, set_default_backend
+from structures import BatchSize
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +64,39 @@ def read_inputs(args: argparse.Namespace) -> tuple[Config, checkpoint.Loaded | N
     return configuration.load(args.cfg, args.overrides), loaded
 
 
-def train(cfg: Config, args: argparse.Namespace, explicit: checkpoint.Loaded | None, device: torch.device) -> None:
-    """Claim the output directory, build what the configuration names, and train."""
-    directory, loaded = session.open_run(Path(cfg.output_dir), args.resume, explicit)
-    run_log.configure(Path(cfg.output_dir))
-    prepare(cfg, device, directory, loaded, args.init_from).fit()
+def fit(
+    cfg: Config,
+    *,
+    resume: str | None = None,
+    init_from: Path | None = None,
+    explicit: checkpoint.Loaded | None = None,
+) -> dict[str, Any]:
+    """Train from beginning to end, as the command line does.
+
+    Args:
+        cfg: such as ``config.load(path, overrides)`` gives.
+        resume: a checkpoint to go on from, or "auto": the output directory's last one, if there is one.
+        init_from: a file to take weights from, heads by class name.
+        explicit: the checkpoint at ``resume``, where it has been read already.
+
+    Returns:
+        The metrics of the last evaluation, named as in metrics.jsonl.
+
+    Raises:
+        ValueError: for what a user can mend.
+    """
+    if explicit is None and resume not in (None, session.AUTO):
+        explicit = checkpoint.load(Path(resume))
+    device = distributed.choose_device(cfg.trainer.device)
+    configure_device(device, tf32=cfg.trainer.tf32, deterministic=cfg.trainer.deterministic)
+    with distributed.process_group(device, cfg.trainer.collective_timeout):
+        directory, loaded = session.open_run(Path(cfg.output_dir), resume, explicit)
+        run_log.configure(Path(cfg.output_dir))
+        try:
+            return prepare(cfg, device, directory, loaded, init_from).fit()
+        finally:
+            if directory is not None:
+                directory.close()
 
 
 def prepare(
@@ -114,6 +145,7 @@ def prepare(
         clip_norm=cfg.optimizer.clip_norm,
         compile_model=cfg.trainer.compile,
     )
+    about = {"config": configuration.to_dict(cfg), "categories": categories, "environment": environment}
     trainer = Trainer(
         cfg.trainer,
         step=step,
@@ -123,19 +155,16 @@ def prepare(
         directory=output_dir,
         batch_size=cfg.data.batch_size,
         seed=cfg.seed,
-        identity={
-            "config": configuration.to_dict(cfg),
-            "categories": categories,
-            "data": describe_data(train_set, cfg.data),
-            "environment": environment,
-        },
+        draw_last=lambda: draw_operation(validation.evaluator, output_dir),
+        identity={**about, "data": describe_data(train_set, cfg.data)},
     )
     with distributed.agreed_errors():
         if loaded is not None:
             trainer.load_state_dict(loaded)
         if directory is not None:
             record_start(output_dir, configuration.dump(cfg), environment)
-    for line in run_log.banner(trainer, (len(train_set), len(val_set)), describe_backend(device)):
+    size = cfg.data.size_in_model(val_set, 0)
+    for line in run_log.banner(trainer, (len(train_set), len(val_set)), size, describe_backend(device)):
         log.info(line)
     return trainer
 
@@ -166,7 +195,7 @@ def evaluate(cfg: Config, loaded: checkpoint.Loaded, device: torch.device) -> No
         model = cfg.model.build(len(categories), load_backbone=False)
         checkpoint.load_evaluated_weights(model, loaded)
     metrics = validation(model.to(device))
-    log.info("%s (%d images) %s", loaded.path, metrics["images"], summarise_metrics(step, metrics))
+    log.info("%s (%d images) %s", loaded.path, metrics["images"], run_log.summarise_metrics(step, metrics))
     for name, value in metrics["per_class"].items():
         log.info("AP of %s: %s", name, "no objects" if value is None else f"{value:.2f}")
 
@@ -185,7 +214,17 @@ def build_validation(
         std=std,
         picture=None if directory is None else directory / PREDICTIONS,
         detections=None if directory is None else directory / DETECTIONS,
+        criterion=cfg.criterion if cfg.trainer.validation_loss and directory is not None else None,
+        size=BatchSize(len(dataset.annotations.labels), len(dataset)),
     )
+
+
+def draw_operation(evaluator: Evaluator, directory: Path) -> list[Path]:
+    """Draw how the last evaluation's detections do at every threshold, and what is taken for what."""
+    ids = [category_id for category_id, _ in evaluator.categories]
+    images = annotated_images(evaluator.ground_truth, ids)
+    found = detections_by_image(read_rows(directory / DETECTIONS), [image.image_id for image in images], ids)
+    return draw_all(directory, [image.objects for image in images], found, [name for _, name in evaluator.categories])
 
 
 def describe_data(train_set: CocoDataset, data: DataConfig) -> dict[str, Any]:
@@ -199,14 +238,14 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Raises what :func:`engine.runs.session.exit_code` turns into a line and an exit code."""
     args = parse_arguments(arguments)
     cfg, loaded = read_inputs(args)
+    if not args.eval:
+        fit(cfg, resume=args.resume, init_from=args.init_from, explicit=loaded)
+        return
+    assert loaded is not None
     device = distributed.choose_device(cfg.trainer.device)
     configure_device(device, tf32=cfg.trainer.tf32, deterministic=cfg.trainer.deterministic)
     with distributed.process_group(device, cfg.trainer.collective_timeout):
-        if args.eval:
-            assert loaded is not None
-            evaluate(cfg, loaded, device)
-        else:
-            train(cfg, args, loaded, device)
+        evaluate(cfg, loaded, device)
 
 
 if __name__ == "__main__":

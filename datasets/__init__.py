@@ -135,11 +135,12 @@ class DataConfig:
 
     def build_val_loader(self, dataset: CocoDataset, *, rank: int = 0, world_size: int = 1) -> EvalLoader:
         """This rank's share of the validation images."""
-        sizes = [self._size_in_model(dataset, index) for index in range(len(dataset))]
+        sizes = [self.size_in_model(dataset, index) for index in range(len(dataset))]
         sampler = EvalBatchSampler(sizes, self.eval_batch_size, rank=rank, world_size=world_size)
         return EvalLoader(self._pool(dataset, sampler, training=False), sampler)
 
-    def _size_in_model(self, dataset: CocoDataset, index: int) -> tuple[int, int]:
+    def size_in_model(self, dataset: CocoDataset, index: int) -> tuple[int, int]:
+        """(height, width) in which a validation image is evaluated; (0, 0) if it is not known."""
         size = dataset.stated_size(index)
         return size if size == (0, 0) else final_size(self.val.transforms, size)
 

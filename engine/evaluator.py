@@ -186,6 +186,7 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     *,
     on_batch: Callable[[int, Batch, list[Detections]], None] | None = None,
+    on_outputs: Callable[[Batch, Any], None] | None = None,
     give_up: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Runs a model over a data set and returns ``Evaluator.compute()``.
@@ -200,6 +201,7 @@ def evaluate(
         device: to run on.
         amp_dtype: of autocast; None leaves it as it is.
         on_batch: called with the number of batches done, the batch and its detections: progress, pictures.
+        on_outputs: called with each batch and the model's outputs, on the device.
         give_up: asked after each batch whether to stop early; if any process does, all return no metrics at all.
     """
     device = torch.device(device)
@@ -211,7 +213,10 @@ def evaluate(
         with torch.inference_mode(), precision:
             for done, batch in enumerate(loader, start=1):
                 moved = batch.to(device, non_blocking=True)
-                detections = detector.postprocess(detector(moved.images), moved.original_sizes)
+                outputs = detector(moved.images)
+                detections = detector.postprocess(outputs, moved.original_sizes)
+                if on_outputs is not None:
+                    on_outputs(moved, outputs)
                 evaluator.update(batch.image_ids, detections)
                 if on_batch is not None:
                     on_batch(done, batch, detections)

@@ -1,10 +1,11 @@
-"""AdamW with learning rates by parameter name, and learning-rate schedules that are pure functions of the step.
+"""Optimizers with learning rates by parameter name, and learning-rate schedules that are pure functions of the step.
 
 A schedule keeps no state of its own: what a resumed run needs to know is its step.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,8 +20,8 @@ NORMS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) with gradient clipping, at the values of DINO (arXiv 2203.03605, appendix)."""
+class ParameterGroups:
+    """What all optimizers have in common, at the values of DINO (arXiv 2203.03605, appendix)."""
 
     lr: float = 1e-4
     """Learning rate after warm-up, of parameters that no entry of lr_scales names."""
@@ -35,8 +36,6 @@ class OptimizerConfig:
     no_decay: Literal["nothing", "norms", "norms_and_biases"] = "nothing"
     """What is exempt from weight decay: norms, the weights and biases of normalisation layers (as in detectron2);
     norms_and_biases, every vector or scalar parameter."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the first and second moment."""
     clip_norm: float | None = 0.1
     """Largest global gradient norm; null switches clipping off."""
 
@@ -45,8 +44,6 @@ class OptimizerConfig:
             raise ValueError(f"lr must be positive, found {self.lr}")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative, found {self.weight_decay}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), found {list(self.betas)}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm must be positive (null switches clipping off), found {self.clip_norm}")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
@@ -55,7 +52,7 @@ class OptimizerConfig:
             if scale <= 0:
                 raise ValueError(f"lr_scales.{prefix} must be positive (freeze the part instead), found {scale}")
 
-    def build(self, model: nn.Module) -> torch.optim.AdamW:
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Optimizer over the trainable parameters, in groups of equal learning rate and weight decay.
 
         Each group has a ``name`` and its ``base_lr``, from which :func:`set_learning_rate` computes ``lr``.
@@ -84,13 +81,82 @@ class OptimizerConfig:
             groups[key]["params"].append(parameter)
         if not groups:
             raise ValueError("the model has no trainable parameter")
-        return torch.optim.AdamW(list(groups.values()), lr=self.lr, betas=self.betas, fused=True)
+        return self._make(list(groups.values()))
+
+    def _make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        raise NotImplementedError
 
     def _group(self, prefix: str, decayed: bool, depth: int) -> dict[str, Any]:
         lr = self.lr * self.lr_scales.get(prefix, 1.0) * (self.layer_decay or 1.0) ** depth
         title = (prefix or "other") + (f", {depth} deep" if depth else "") + ("" if decayed else ", no decay")
         decay = self.weight_decay if decayed else 0.0
         return {"params": [], "lr": lr, "base_lr": lr, "name": title, "weight_decay": decay}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(ParameterGroups):
+    """AdamW (arXiv 1711.05101) with gradient clipping."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), found {list(self.betas)}")
+
+    def _make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDConfig(ParameterGroups):
+    """Gradient descent with momentum; its weight decay is not decoupled from the gradient."""
+
+    name: Literal["sgd"] = "sgd"
+    momentum: float = 0.9
+    """Share of the previous step that is taken again."""
+    nesterov: bool = False
+    """Whether the gradient is that of the place where the momentum leads."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1 or (self.nesterov and not self.momentum):
+            raise ValueError(f"momentum must lie in [0, 1), above 0 with nesterov, found {self.momentum}")
+
+    def _make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchOptimizerConfig(ParameterGroups):
+    """Any optimizer of torch.optim that needs gradients only."""
+
+    name: Literal["torch"] = "torch"
+    kind: str = "NAdam"
+    """Name of its class."""
+    arguments: dict[str, float | bool | tuple[float, ...]] = field(default_factory=dict)
+    """Of its constructor, beside lr and weight_decay."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = getattr(torch.optim, self.kind, None)
+        if not isinstance(known, type) or not issubclass(known, torch.optim.Optimizer) or self.kind == "LBFGS":
+            raise ValueError(f"kind must be a class of torch.optim, such as NAdam or RMSprop, found {self.kind}")
+        taken = list(inspect.signature(known).parameters)[1:]
+        for missing in {"lr", "weight_decay"}.union(self.arguments) - set(taken):
+            raise ValueError(f"torch.optim.{self.kind} takes no {missing}, but {', '.join(taken)}")
+
+    def _make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        try:
+            made: torch.optim.Optimizer = getattr(torch.optim, self.kind)(groups, lr=self.lr, **self.arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer: torch.optim.{self.kind} refuses: {error}") from error
+        return made
+
+
+Optimizer = OptimizerConfig | SGDConfig | TorchOptimizerConfig
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -111,6 +177,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         raise ValueError(
             f"the checkpoint's optimizer has parameter groups of sizes {saved}, this run has {current}: "
             "resume with the same optimizer.lr_scales, optimizer.no_decay and frozen parts, or use --init-from"
+        )
+    old_keys, keys = (set(groups[0]) for groups in (state["param_groups"], optimizer.param_groups))
+    # One more setting is a later version of torch; others on both sides are another optimizer.
+    if old_keys - keys and keys - old_keys:
+        raise ValueError(
+            f"the checkpoint is of another optimizer (with {', '.join(sorted(old_keys - keys))}; this one has "
+            f"{', '.join(sorted(keys - old_keys))}): resume with the same optimizer, or use --init-from"
         )
     groups = optimizer.state_dict()["param_groups"]
     for group, old in zip(groups, state["param_groups"], strict=True):

@@ -1,4 +1,4 @@
-"""The two pictures of a run directory: predictions beside targets, and curves of loss and AP."""
+"""The two pictures of a run directory: predictions beside targets, and curves of losses and metrics."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.lettering import Lettered, lettered
+from engine.loggers import flat
 from engine.records import read_metrics
 from engine.whole_files import replacing
 from ops.boxes import cxcywh_to_xyxy
@@ -90,38 +91,72 @@ def draw_predictions(
     _save(figure, path)
 
 
-def draw_curves(metrics: Path | str, path: Path | str) -> None:
-    """Draw the loss of training and the AP of every evaluation over the steps of a ``metrics.jsonl``.
+def draw_curves(metrics: Path | str, path: Path | str, classes: Sequence[str] = ()) -> None:
+    """Draw losses, learning rate and the metrics of every evaluation over the steps of a ``metrics.jsonl``.
 
     Args:
         metrics: file of JSON lines, each with ``kind`` ("train" with ``loss``, or "eval" with ``AP``) and ``step``.
         path: PNG file to write.
+        classes: names of those whose AP is drawn as well.
     """
     train, evals = read_metrics(Path(metrics))
     train = [record for record in train if record.get("loss") is not None]
-    figure, axes = _canvas(1, 3, 3.2)
-    loss, rate, precision = axes.flat
+    figure, axes = _canvas(2 if classes else 1, 3 if classes else 4, 3.2)
+    loss, terms, rate, precision, *others = axes.flat
     steps = [r["step"] for r in train]
     values = [r["loss"] for r in train]
     loss.plot(steps, values, color=COLOURS[1], alpha=0.5, linewidth=0.8, label="logged")
     loss.plot(steps, _smooth(values), color=COLOURS[4], linewidth=1.4, label="smoothed")
+    _series(loss, evals, {"validation": "loss"}, "s--")
     loss.set(title="training loss", xlabel="step", ylabel="weighted sum of all terms")
     if values:
-        loss.legend(frameon=False)
         loss.set_ylim(0, float(np.percentile(values, 98)) * 1.15)
+    groups = [_terms_by_group(record) for record in train]
+    names = list(dict.fromkeys(name for record in groups for name in record))
+    layers, kinds = (list(dict.fromkeys(name.split()[k] for name in names)) for k in (0, 1))
+    for name in names:
+        look = ("-", "--", ":", "-.")[layers.index(name.split()[0]) % 4]
+        colour = COLOURS[kinds.index(name.split()[1]) % len(COLOURS)]
+        shown = [record.get(name, float("nan")) for record in groups]
+        terms.plot(steps, _smooth(shown), look, color=colour, linewidth=1.2, label=name)
+    terms.set(title="loss terms by group", xlabel="step", ylabel="mean over layers, unweighted", yscale="log")
     rate.plot(steps, [r.get("lr") for r in train], color=COLOURS[2], linewidth=1.4)
     rate.set(title="learning rate", xlabel="step", ylabel="learning rate")
-    for name, colour, style in (("AP", COLOURS[5], "o-"), ("AP50", COLOURS[0], "s--"), ("AP75", COLOURS[2], "^:")):
-        shown = [(r["step"], r[name]) for r in evals if r.get(name) is not None]
-        if shown:
-            precision.plot(*zip(*shown, strict=True), style, color=colour, markersize=3.5, linewidth=1.4, label=name)
+    _series(precision, evals, {name: name for name in ("AP", "AP50", "AP75")})
     precision.set(title="validation", xlabel="step", ylabel="percent", ylim=(0, None))
-    if precision.lines:
-        precision.legend(frameon=False)
+    for axis in others:
+        axis.set_axis_off()
+    if classes:
+        others[0].set_axis_on()
+        _series(others[0], evals, {lettered([name])[0].text: f"per_class/{name}" for name in classes})
+        others[0].set(title="AP of classes", xlabel="step", ylabel="percent", ylim=(0, None))
     for axis in axes.flat:
+        if len(axis.lines) > 1 or axis is precision:
+            axis.legend(frameon=False, fontsize=7)
         axis.grid(alpha=0.25, linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+def _series(axis: Any, evals: Sequence[dict[str, Any]], names: dict[str, str], style: str = "") -> None:
+    """Plot numbers of evaluations, given by label as "per_class/dog"."""
+    for place, (label, name) in enumerate(names.items()):
+        known = [(record["step"], dict(flat(record)).get(name)) for record in evals]
+        shown = [(step, value) for step, value in known if value is not None]
+        look = style or ("o-", "s--", "^:", "D-.")[place % 4]
+        colour = COLOURS[(5, 0, 2, 4, 1, 6, 7, 3)[place % 8]]
+        if shown:
+            axis.plot(*zip(*shown, strict=True), look, color=colour, markersize=3.5, linewidth=1.4, label=label)
+
+
+def _terms_by_group(record: dict[str, Any]) -> dict[str, float]:
+    """Mean over the layers of a group of each term: "decoder.5/giou" belongs to "decoder giou"."""
+    found: dict[str, list[float]] = {}
+    for name, value in record.get("terms", {}).items():
+        layer, _, term = name.partition("/")
+        if value is not None:
+            found.setdefault(f"{layer.partition('.')[0]} {term}", []).append(value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine import distributed
+from engine.dispensable import dispensable
 from engine.loggers import LoggerName, Loggers
 from engine.runs.run_directory import LOG, METRICS
-from structures import LossOutput
+from structures import Images, LossOutput
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -184,6 +185,16 @@ def _last_terms(terms: Mapping[str, float]) -> list[str]:
     return [f"{name.removeprefix(prefix)} {value:.3f}" for name, value in terms.items() if name.startswith(prefix)]
 
 
+def summarise_metrics(step: int, metrics: Mapping[str, Any]) -> str:
+    """One line for a person."""
+    names = [name for name in ("AP", "AP50", "AP75", "APs", "APm", "APl") if metrics.get(name) is not None]
+    values = "  ".join(f"{name} {metrics[name]:.2f}" for name in names)
+    missing = metrics.get("unreadable_images", 0)
+    return f"after step {step}: {values}" + (
+        f"  ({missing} images unreadable, their objects missed)" if missing else ""
+    )
+
+
 def memory_gib(device: torch.device) -> float:
     """Return the largest memory that tensors have taken on a CUDA device so far; elsewhere what the process has in
     main memory now: libraries and what the allocator keeps for later included, so more than its tensors need."""
@@ -198,12 +209,34 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def banner(trainer: Trainer, images: tuple[int, int], op_backend: str) -> list[str]:
+def count_operations(model: Any, size: tuple[int, int], device: torch.device) -> int:
+    """Multiplications and additions of a detector for one image of (height, width), as torch's counter finds them.
+
+    It counts matrix products, convolutions and attention; not what else there is, such as sampling.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    image = Images(torch.zeros(1, 3, *size, device=device), torch.tensor([size], device=device))
+    was_training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:  # the counter's hooks want a graph of what needs gradients
+            parameter.requires_grad_(False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.eval().forward(image)  # not what it is compiled to
+    finally:
+        model.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return int(counter.get_total_flops())
+
+
+def banner(trainer: Trainer, images: tuple[int, int], size: tuple[int, int], op_backend: str) -> list[str]:
     """Lines that say what is going to run.
 
     Args:
         trainer: ready to run.
         images: in the training and in the validation set.
+        size: (height, width) of the image for which operations are counted; (0, 0) counts none.
         op_backend: what computes deformable attention.
     """
     config, step = trainer.config, trainer.optimizer_step
@@ -216,6 +249,11 @@ def banner(trainer: Trainer, images: tuple[int, int], op_backend: str) -> list[s
     if len(groups) > 8:  # layer-wise decay makes dozens
         low, high = (pick(group["base_lr"] for group in groups) for pick in (min, max))
         rates = f"{len(groups)} groups, {low:.3g} to {high:.3g}"
+    operations = "operations not counted"
+    with dispensable("the number of operations"):
+        if min(size) and distributed.is_main():
+            giga = count_operations(model, size, device) / 1e9
+            operations = f"{giga:.1f} G operations for {size[0]} x {size[1]} pixels"
     local = trainer.batch_size // (world * config.accumulation_steps)
     length, per_epoch, warmup = trainer.total_steps, trainer.steps_per_epoch, trainer.schedule.warmup_steps
     return [
@@ -227,7 +265,7 @@ def banner(trainer: Trainer, images: tuple[int, int], op_backend: str) -> list[s
         f"length: {length} steps = {length / per_epoch:.4g} epochs of {per_epoch}, from step {trainer.step}; "
         f"warm-up {warmup} steps ({100 * warmup / length:.1f}%)",
         f"learning rates: {rates}",
-        f"parameters: {total / 1e6:.2f} M, trainable {trainable / 1e6:.2f} M; "
+        f"parameters: {total / 1e6:.2f} M, trainable {trainable / 1e6:.2f} M; {operations}; "
         + ("no averaged weights" if config.ema_decay is None else f"averaged weights with decay {config.ema_decay}"),
         *(f"warning: {doubt}" for doubt in trainer.schedule.doubts(per_epoch)),
     ]

@@ -15,12 +15,13 @@ from torch import nn
 
 from engine import checkpoint, distributed
 from engine.averaging import AveragedWeights
+from engine.best import restored, updated
 from engine.dispensable import dispensable
 from engine.host_memory import TRIM_EVERY, return_free_memory
 from engine.loaders import TrainLoader
 from engine.optimizer import Schedule, load_optimizer_state, set_learning_rate
 from engine.pictures import draw_curves
-from engine.run_log import Progress, Records
+from engine.run_log import Progress, Records, summarise_metrics
 from engine.runs.faults import NonFiniteSteps
 from engine.runs.run_directory import CURVES, METRICS, PREDICTIONS, forget_after
 from engine.runs.signals import STOPPING, Interrupted, StopRequest
@@ -51,6 +52,7 @@ class Trainer:
         batch_size: int,
         seed: int,
         identity: Mapping[str, Any],
+        draw_last: Callable[[], list[Path]] = list,
     ) -> None:
         """Put the parts together.
 
@@ -64,10 +66,15 @@ class Trainer:
             batch_size: images in the global batch.
             seed: of the run.
             identity: ``config``, ``categories``, ``data`` and ``environment``, kept in every checkpoint.
+            draw_last: draws pictures of the last evaluation, and returns their files.
         """
         self.config, self.optimizer_step, self.schedule = config, step, schedule
-        self.loader, self.evaluate, self.directory = loader, evaluate, directory
+        self.loader, self.evaluate, self.directory, self.draw_last = loader, evaluate, directory, draw_last
         self.batch_size, self.seed, self.identity = batch_size, seed, dict(identity)
+        classes = {name for _, name in identity["categories"]}
+        for name in (*config.curve_classes, *config.best_metric.split("per_class/", 1)[1:]):
+            if name not in classes:
+                raise ValueError(f"trainer.curve_classes, best_metric: there is no class {name!r} in the data")
         self.steps_per_epoch = loader.steps_per_epoch
         self.total_steps = min(schedule.total_steps(self.steps_per_epoch), config.stop_after or sys.maxsize)
         self.average = AveragedWeights(step.module, config.ema_decay) if config.ema_decay is not None else None
@@ -138,8 +145,7 @@ class Trainer:
         if state["seed"] != self.seed:
             log.warning("seed %d differs from %d in %s: the order of the data changes", self.seed, state["seed"], path)
         self.step, self.evaluated_step = index(position["step"]), index(position["evaluated_step"])
-        best, self.metrics = state["best"], state["metrics"]
-        self.best = None if best is None else {"AP": float(best["AP"]), "step": index(best["step"])}
+        self.best, self.metrics = restored(state["best"], self.config.best_metric), state["metrics"]
         self._going_back = path.name != checkpoint.LAST and path.resolve().parent == self.directory.resolve()
         self.faults.counters.update(state["counters"])
 
@@ -186,7 +192,7 @@ class Trainer:
         if self._evaluation_due():
             self._evaluate(stop, records)
         stream = self._stream()
-        while self.step < self.total_steps:
+        while self.step < self.total_steps and not self._stopped_early:
             began = time.perf_counter()
             # A process that is to stop needs no further batch, which may never come.
             batches = stop.wait_for(stream) or []
@@ -208,6 +214,8 @@ class Trainer:
             elif self.step % self.config.checkpoint_every == 0:
                 self._save()
         stream.close()
+        if self._stopped_early and self.best is not None:
+            log.info("no gain in %s since step %d: training ends", self.config.best_metric, self.best["step"])
 
     def _stream(self) -> Generator[list[Batch]]:
         """Micro-batches of every step from the present one on, across epochs."""
@@ -277,11 +285,7 @@ class Trainer:
         self._agree(stop)
         self.metrics = {**metrics, "seconds": time.perf_counter() - began}
         self.evaluated_step = self.step
-        # AP is None where the annotations have nothing to find.
-        quality = -1.0 if metrics["AP"] is None else metrics["AP"]
-        is_best = self.best is None or quality > self.best["AP"]
-        if is_best:
-            self.best = {"AP": quality, "step": self.step}
+        self.best, is_best = updated(self.best, self.config.best_metric, metrics, self.step)
         suffix = "  (best so far)" if is_best else ""
         log.info("%s  in %.1f s%s", summarise_metrics(self.step, metrics), self.metrics["seconds"], suffix)
         if records is not None:
@@ -289,24 +293,24 @@ class Trainer:
             self._draw(records)
         self._save(best=is_best)
 
+    @property
+    def _stopped_early(self) -> bool:
+        """Whether there was no gain for too long; the same after a resume."""
+        patience = self.config.early_stopping
+        return patience is not None and self.best is not None and self.best["since"] >= patience
+
     def _draw(self, records: Records) -> None:
         with dispensable(CURVES):
-            draw_curves(self.directory / METRICS, self.directory / CURVES)
-        for name in (PREDICTIONS, CURVES):
-            records.picture(self.directory / name, self.step)
+            draw_curves(self.directory / METRICS, self.directory / CURVES, self.config.curve_classes)
+        pictures = [self.directory / name for name in (PREDICTIONS, CURVES)]
+        if self.step >= self.total_steps or self._stopped_early:
+            with dispensable("pictures of the last evaluation"):
+                pictures += self.draw_last()
+        for path in pictures:
+            records.picture(path, self.step)
 
     def _save(self, *, best: bool = False) -> None:
         """Write a checkpoint; a failure on the writing process stops all of them."""
         with distributed.agreed_errors():
             if distributed.is_main():
                 checkpoint.write(self.directory, self.state_dict(), best=best)
-
-
-def summarise_metrics(step: int, metrics: Mapping[str, Any]) -> str:
-    """One line for a person."""
-    names = [name for name in ("AP", "AP50", "AP75", "APs", "APm", "APl") if metrics.get(name) is not None]
-    values = "  ".join(f"{name} {metrics[name]:.2f}" for name in names)
-    missing = metrics.get("unreadable_images", 0)
-    return f"after step {step}: {values}" + (
-        f"  ({missing} images unreadable, their objects missed)" if missing else ""
-    )

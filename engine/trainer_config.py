@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.coco_metrics import STATISTICS
 from engine.loggers import LoggerName
 from engine.step import Precision
 
@@ -39,6 +40,15 @@ class TrainerConfig:
     """Optimizer steps after which to end, with an evaluation, though the schedule is longer; null for all of it."""
     loggers: tuple[LoggerName, ...] = ("tensorboard",)
     """What shows the run beside its own files: tensorboard, wandb, mlflow (the latter two are optional packages)."""
+    best_metric: str = "AP"
+    """What the best checkpoint is best in, by its name in an evaluation's line of metrics.jsonl: AP, AP50, AR100,
+    per_class/dog, or loss and terms/…, of which less is better."""
+    early_stopping: int | None = None
+    """Evaluations in a row without a gain in best_metric after which training ends; null: never."""
+    validation_loss: bool = False
+    """Whether an evaluation also computes the loss by term: it says sooner than AP that a detector overfits."""
+    curve_classes: tuple[str, ...] = ()
+    """Classes whose AP is drawn in curves.png."""
     max_nonfinite_steps: int = 0
     """Steps with a non-finite loss or gradient to skip before stopping."""
     collective_timeout: float = 1800.0
@@ -56,5 +66,11 @@ class TrainerConfig:
             raise ValueError(
                 f"ema_decay must lie between 0 and 1 (null switches averaging off), found {self.ema_decay}"
             )
+        if self.early_stopping is not None and self.early_stopping < 1:
+            raise ValueError("early_stopping must be at least 1, or null")
+        if self.best_metric not in STATISTICS and not self.best_metric.startswith(("per_class/", "loss", "terms/")):
+            raise ValueError(f"best_metric must be one of {', '.join(STATISTICS)}, per_class/NAME, loss or terms/NAME")
+        if self.best_metric.startswith(("loss", "terms/")) and not self.validation_loss:
+            raise ValueError(f"best_metric={self.best_metric} needs validation_loss=true")
         if self.max_nonfinite_steps < 0 or self.collective_timeout <= 0:
             raise ValueError("max_nonfinite_steps must not be negative and collective_timeout must be positive")

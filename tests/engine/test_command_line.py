@@ -19,8 +19,10 @@ from training_processes import run_processes
 
 import config
 import main
+from datasets.coco import SampleKey
+from datasets.collate import make_batch
 from datasets.shapes import ShapesConfig, generate
-from engine import distributed
+from engine import checkpoint, distributed
 from engine.runs import session
 from engine.step import OptimizerStep
 from ops.ms_deform_attn import describe_backend, set_default_backend
@@ -94,6 +96,7 @@ def trained(data: Path) -> Path:
 def test_run_directory_is_complete(trained: Path) -> None:
     expected = {"config.yaml", "metrics.jsonl", "log.txt", "curves.png", "predictions.png", "environment.jsonl"}
     expected |= {"checkpoint_last.pth", "checkpoint_best.pth"}
+    expected |= {"precision_recall.png", "f1_confidence.png", "confusion.png"}
     names = {path.name for path in trained.iterdir()}
     assert expected <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
@@ -115,6 +118,7 @@ def test_run_directory_is_complete(trained: Path) -> None:
         "warm-up 1 steps (50.0%)",
         "op backend",
         "trainable",
+        "G operations for 64 x 64 pixels",
     ):
         assert said in log
 
@@ -364,3 +368,32 @@ def test_detector_does_not_notice_how_its_batch_is_split(data: Path, emptied: in
         for name, value in whole.items():
             assert value is not None, name
             torch.testing.assert_close(split[name], value, rtol=1e-5, atol=1e-6, msg=f"{other}: {name}")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_validation_loss_is_that_of_one_batch_of_everything(trained: Path, tmp_path: Path, batch_size: int) -> None:
+    overrides = ["trainer.validation_loss=true", f"data.eval_batch_size={batch_size}"]
+    cfg = config.load(trained / "config.yaml", overrides)
+    _, val_set = cfg.data.build_datasets()
+    model = cfg.model.build(6)
+    checkpoint.load_evaluated_weights(model, checkpoint.load(trained / "checkpoint_last.pth"))
+    metrics = main.build_validation(cfg, val_set, torch.device("cpu"), tmp_path)(model)
+    samples = [val_set[SampleKey(index, 0)].sample for index in range(len(val_set))]
+    batch = make_batch([sample for sample in samples if sample is not None], *cfg.data.pixel_statistics)
+    with torch.no_grad():
+        expected = cfg.criterion(model.eval()(batch.images), batch.targets)
+    assert metrics["loss"] == pytest.approx(float(expected.total), rel=1e-4)
+    assert metrics["terms"] == pytest.approx({name: float(value) for name, value in expected.terms.items()}, rel=1e-3)
+    assert "decoder.1/giou" in metrics["terms"]
+
+
+def test_fit_from_python_gives_the_metrics_and_goes_on(data: Path, tmp_path: Path) -> None:
+    cfg = config.load(data / "tiny.yaml", [f"output_dir={tmp_path}/run", "schedule.steps=1", "optimizer=sgd"])
+    metrics = main.fit(cfg)
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert metrics == {key: value for key, value in records[-1].items() if key not in ("kind", "step", "epoch")}
+    with pytest.raises(ValueError, match="already holds a run"):
+        main.fit(cfg)
+    assert main.fit(cfg, resume="auto") == metrics
+    with pytest.raises(ValueError, match="there is no such checkpoint"):
+        main.fit(cfg, resume=f"{tmp_path}/gone.pth")

@@ -12,7 +12,9 @@ from engine.optimizer import (
     CosineSchedule,
     OptimizerConfig,
     Schedule,
+    SGDConfig,
     StepSchedule,
+    TorchOptimizerConfig,
     load_optimizer_state,
     set_learning_rate,
 )
@@ -195,3 +197,80 @@ def test_schedules_doubt_what_is_never_reached() -> None:
         "schedule.milestones [6.0, 11.0] are not reached in 6 epochs",
     ]
     assert CosineSchedule(steps=60, warmup_steps=60).doubts(10) == []
+
+
+def quadratic(optimizer: torch.optim.Optimizer, net: nn.Module, steps: int) -> torch.Tensor:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum((parameter - 1).square().sum() for parameter in net.parameters()).backward()
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("config", "make"),
+    [
+        (
+            SGDConfig(lr=0.05, lr_scales={}, momentum=0.8, nesterov=True, weight_decay=0.01),
+            lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.8, nesterov=True, weight_decay=0.01),
+        ),
+        (
+            TorchOptimizerConfig(
+                kind="RAdam", lr=0.05, lr_scales={}, arguments={"betas": (0.8, 0.9)}, weight_decay=0.1
+            ),
+            lambda p: torch.optim.RAdam(p, lr=0.05, betas=(0.8, 0.9), weight_decay=0.1),
+        ),
+        (
+            TorchOptimizerConfig(kind="RMSprop", lr=0.05, lr_scales={}, arguments={"alpha": 0.7, "centered": True}),
+            lambda p: torch.optim.RMSprop(p, lr=0.05, alpha=0.7, centered=True, weight_decay=1e-4),
+        ),
+    ],
+)
+def test_other_optimizers_do_what_torchs_do(config, make) -> None:
+    torch.manual_seed(0)
+    first = model()
+    second = model()
+    second.load_state_dict(first.state_dict())
+    ours, theirs = config.build(first), make(second.parameters())
+    assert type(ours) is type(theirs)
+    assert torch.allclose(quadratic(ours, first, 5), quadratic(theirs, second, 5), rtol=0, atol=1e-7)
+    saved, (group, *_) = ours.state_dict(), ours.param_groups
+    fresh = config.build(first)
+    load_optimizer_state(fresh, saved)
+    assert fresh.state_dict()["state"].keys() == saved["state"].keys()
+    set_learning_rate(ours, 0.5)
+    assert group["lr"] == 0.025
+
+
+def test_the_moments_of_another_optimizer_are_refused() -> None:
+    net = model()
+    adamw, sgd = OptimizerConfig(lr_scales={}).build(net), SGDConfig(lr_scales={}).build(net)
+    quadratic(adamw, net, 1)
+    quadratic(sgd, net, 1)
+    for one, other in ((adamw, sgd), (sgd, adamw)):
+        with pytest.raises(ValueError, match="the checkpoint is of another optimizer"):
+            load_optimizer_state(one, other.state_dict())
+    older = adamw.state_dict()
+    del older["param_groups"][0]["decoupled_weight_decay"]  # of which earlier versions of torch know nothing
+    load_optimizer_state(adamw, older)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: SGDConfig(momentum=1.0), "momentum must lie in"),
+        (lambda: SGDConfig(momentum=0.0, nesterov=True), "above 0 with nesterov"),
+        (lambda: TorchOptimizerConfig(kind="LBFGS"), "must be a class of torch.optim"),
+        (lambda: TorchOptimizerConfig(kind="lr_scheduler"), "must be a class of torch.optim"),
+        (lambda: TorchOptimizerConfig(arguments={"beta": 0.9}), "NAdam takes no beta, but lr, betas"),
+        (
+            lambda: TorchOptimizerConfig(arguments={"betas": (2.0, 0.9)}).build(
+                nn.ModuleDict({"backbone": nn.Linear(1, 1)})
+            ),
+            "NAdam refuses",
+        ),
+    ],
+)
+def test_impossible_optimizers_are_refused(make, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import tiny_training
 import torch
 
 from engine import run_log
@@ -130,3 +131,19 @@ def test_programming_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("ALIGN_DETR_TRACEBACK", "1")
     with pytest.raises(ValueError, match="for users"):
         session.exit_code(refuse)
+
+
+def test_operations_are_those_of_the_products_by_hand() -> None:
+    torch.manual_seed(0)
+    detector = tiny_training.TinyDetector(dropout=0.5, batch_norm=True).train()
+    detector.class_head.bias.requires_grad_(False)
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    state = torch.get_rng_state()
+    conv, heads = 2 * 8 * (3 * 3 * 3) * (8 * 10), 2 * 8 * 5 * (3 + 4)
+    assert run_log.count_operations(detector, (10, 12), torch.device("cpu")) == conv + heads
+    assert detector.training
+    assert all(
+        parameter.requires_grad == (parameter is not detector.class_head.bias) for parameter in detector.parameters()
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
