@@ -27,7 +27,7 @@ from datasets import Category
 from datasets.coco import Sample
 from datasets.collate import make_batch
 from datasets.images import read_image
-from datasets.transforms import apply_transforms
+from datasets.transforms import ResizeExact, apply_transforms, final_size
 from engine import checkpoint, distributed
 from ops.ms_deform_attn import set_default_backend
 from structures import Detections
@@ -95,12 +95,13 @@ class Detector:
         """Indexed by label."""
         return [category.name for category in self.categories]
 
-    def __call__(self, images: Sequence[ImageInput], threshold: float = 0.0) -> list[Detections]:
+    def __call__(self, images: Sequence[ImageInput], threshold: float = 0.0, scale: float = 1.0) -> list[Detections]:
         """Detect.
 
         Args:
             images: any number, of any mixture of kinds and sizes.
             threshold: least score of a detection that is returned.
+            scale: factor on the size at which images are looked at, which is that of evaluation.
 
         Returns:
             For each image its detections on the host, best first, boxes xyxy in pixels of that image.
@@ -110,7 +111,7 @@ class Detector:
             ValueError: an array or tensor has the wrong shape, type or range.
         """
         by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        samples = [self._sample(to_pixels(image)) for image in images]
+        samples = [self._sample(to_pixels(image), scale) for image in images]
         for index, sample in enumerate(samples):
             by_size[tuple(sample.image.shape)].append(index)
         found: dict[int, Detections] = {}
@@ -120,10 +121,14 @@ class Detector:
                 found.update(zip(chunk, self._detect([samples[index] for index in chunk], threshold), strict=True))
         return [found[index] for index in range(len(samples))]
 
-    def _sample(self, pixels: Tensor) -> Sample:
+    def _sample(self, pixels: Tensor, scale: float) -> Sample:
         no_boxes, no_labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-        resized = apply_transforms(self.config.data.val.transforms, pixels, no_boxes, no_labels, seed=0)
         size = (int(pixels.shape[1]), int(pixels.shape[2]))
+        transforms = self.config.data.val.transforms
+        if scale != 1.0:
+            height, width = (max(round(side * scale), 1) for side in final_size(transforms, size))
+            transforms = (ResizeExact(height=height, width=width),)
+        resized = apply_transforms(transforms, pixels, no_boxes, no_labels, seed=0)
         return Sample(resized.image.as_subclass(Tensor), no_boxes, no_labels, 0, size, 0)
 
     def _detect(self, samples: Sequence[Sample], threshold: float) -> Iterator[Detections]:
