@@ -87,6 +87,8 @@ def fit(
     """
     if explicit is None and resume not in (None, session.AUTO):
         explicit = checkpoint.load(Path(resume))
+    if explicit is not None and "optimizer" not in explicit.state:
+        raise ValueError(f"{explicit.path}: holds weights alone, no training to go on with: start with --init-from")
     device = distributed.choose_device(cfg.trainer.device)
     configure_device(device, tf32=cfg.trainer.tf32, deterministic=cfg.trainer.deterministic)
     with distributed.process_group(device, cfg.trainer.collective_timeout):

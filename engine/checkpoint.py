@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.weights_file import ENDING, read_weights
 from engine.whole_files import replacing
 
 FORMAT = 1
@@ -116,9 +117,13 @@ def read_file(path: Path) -> Any:
     problem = _damage(path)
     if problem is None:
         try:
+            if path.suffix == ENDING:
+                return read_weights(path)
             return torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
             problem = error.strerror or str(error)
+        except ValueError as error:
+            problem = str(error) if path.suffix == ENDING else "truncated or no checkpoint"
         except pickle.UnpicklingError as error:
             harmful = "unsupported" in str(error).lower() or "weightsunpickler" in str(error).lower()
             problem = "holds objects other than plain values and tensors" if harmful else "truncated or no checkpoint"

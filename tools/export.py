@@ -1,6 +1,9 @@
-"""Export a checkpoint for use without this project, as ONNX or as a torch.export program.
+"""Export a checkpoint for use without this project, as ONNX or as a torch.export program; or its weights alone.
 
     python -m tools.export --resume runs/k3/checkpoint_best.pth --format onnx --out detector.onnx
+    python -m tools.export --resume runs/k3/checkpoint_best.pth --format safetensors --out detector.safetensors
+
+The weights, with configuration and classes inside, are read by --eval --resume, --init-from and tools.predict.
 
 Batch size and image size stay free. Inputs: ``images`` [B, 3, H, W] float32, RGB pixels from 0 to 255, each resized as
 in evaluation and padded on the right and at the bottom with anything; ``image_sizes`` [B, 2] int64, (height, width)
@@ -23,16 +26,18 @@ from torch import Tensor, nn
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from config import Config
+from config import Config, to_dict
+from engine import checkpoint
+from engine.weights_file import write_weights
 from models import Detector
 from structures import Images
 from tools import console
 from tools.detector import load_model
 
-Format = Literal["onnx", "torch_export"]
+Format = Literal["onnx", "torch_export", "safetensors"]
 Outputs = tuple[Tensor, Tensor, Tensor]
 
-ENDINGS: dict[Format, str] = {"onnx": "onnx", "torch_export": "pt2"}
+ENDINGS: dict[Format, str] = {"onnx": "onnx", "torch_export": "pt2", "safetensors": "safetensors"}
 INPUTS, OUTPUTS = ("images", "image_sizes"), ("scores", "labels", "boxes")
 TOLERANCE = 1e-3
 """Largest difference of scores, and of boxes relative to the image, that the check accepts."""
@@ -192,6 +197,10 @@ def export(path: Path, kind: Format, out: Path, overrides: Sequence[str] = ()) -
     if out.suffix != f".{ENDINGS[kind]}":
         raise ValueError(f"--out {out}: a {kind} file ends in .{ENDINGS[kind]}")
     model, config, categories = load_model(path, overrides)
+    if kind == "safetensors":
+        state = {**checkpoint.load(path).state, "config": to_dict(config)}
+        write_weights(out, state)
+        return 0.0
     deployed = deploy(model, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -210,8 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = console.parser("export", __doc__)
     parser.add_argument("--resume", type=Path, required=True, help="checkpoint")
-    parser.add_argument("--format", choices=("onnx", "torch_export"), default="onnx", help="(%(default)s)")
-    parser.add_argument("--out", type=Path, help="file to write (detector.onnx or detector.pt2)")
+    parser.add_argument("--format", choices=tuple(ENDINGS), default="onnx", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, help="file to write (detector.onnx and so on)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the configuration")
     options = parser.parse_intermixed_args(arguments)
     out = options.out or Path(f"detector.{ENDINGS[options.format]}")
