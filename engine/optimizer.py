@@ -171,11 +171,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     Raises:
         ValueError: if the saved parameters are grouped otherwise, for example under other ``lr_scales``.
     """
-    saved = [len(group["params"]) for group in state["param_groups"]]
+    saved_groups = [group["params"] for group in state["param_groups"]]
     current = [len(group["params"]) for group in optimizer.param_groups]
-    if saved != current:
+    if [len(group) for group in saved_groups] != current:
+        # Earlier versions also listed what no loss depends on; it has no moments, and is no longer trained.
+        trained = [[index for index in group if index in state["state"]] for group in saved_groups]
+        saved_groups = [group for group in trained if group]
+    if [len(group) for group in saved_groups] != current:
+        sizes = [len(group["params"]) for group in state["param_groups"]]
         raise ValueError(
-            f"the checkpoint's optimizer has parameter groups of sizes {saved}, this run has {current}: "
+            f"the checkpoint's optimizer has parameter groups of sizes {sizes}, this run has {current}: "
             "resume with the same optimizer.lr_scales, optimizer.no_decay and frozen parts, or use --init-from"
         )
     old_keys, keys = (set(groups[0]) for groups in (state["param_groups"], optimizer.param_groups))
@@ -186,8 +191,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             f"{', '.join(sorted(keys - old_keys))}): resume with the same optimizer, or use --init-from"
         )
     groups = optimizer.state_dict()["param_groups"]
-    for group, old in zip(groups, state["param_groups"], strict=True):
-        group["params"] = old["params"]
+    for group, old in zip(groups, saved_groups, strict=True):
+        group["params"] = old
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 

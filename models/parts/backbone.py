@@ -101,6 +101,7 @@ class Backbone(nn.Module):
         names, layers = names_in_whole(body, found.whole), timm_models.layer_numbers(found.whole)
         # What only later stages need stays in the model, but would wait for a gradient for ever.
         used = parameters_of_maps(config.model, config.dilation, _indices(config, found))
+        idle = {name for name, _ in body.named_parameters() if names[name] not in used}
         if config.frozen_stages:
             used -= timm_models.frozen_parameters(config.model, config.dilation, config.frozen_stages)
         for name, parameter in body.named_parameters():
@@ -112,6 +113,9 @@ class Backbone(nn.Module):
             body, self._normed = freeze_norms(body, (least, least))
         elif config.norm == "group":
             _batch_to_group_norm(body)
+            for name, parameter in body.named_parameters():
+                if _replaced(name) in idle:
+                    parameter.requires_grad_(False)
         self.body = body
         norms = (nn.LayerNorm(channels) for channels in self.channels) if config.output_norm else ()
         self.output_norms = nn.ModuleList(norms)
@@ -146,9 +150,7 @@ class Backbone(nn.Module):
         end = 1 + max(self._layers.values())
         depths = {}
         for name, _ in self.named_parameters():
-            module, _, kind = name.rpartition(".")
-            replaced = f"{module.removesuffix('.0')}.{kind}"  # a GroupNorm with timm's activation
-            depths[name] = end - self._layers.get(name, self._layers.get(replaced, end))
+            depths[name] = end - self._layers.get(name, self._layers.get(_replaced(name), end))
         return depths
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -224,6 +226,12 @@ def _create(config: BackboneConfig, found: Outline, load_weights: bool) -> Any:
             "model.backbone.pretrained to a local file, or to false (with norm: batch, frozen_stages: 0) to train "
             "from scratch"
         ) from error
+
+
+def _replaced(name: str) -> str:
+    """The name that a GroupNorm's parameter had as a BatchNorm's; others keep theirs."""
+    module, _, kind = name.rpartition(".")
+    return f"{module.removesuffix('.0')}.{kind}"  # with timm's activation behind it
 
 
 def _batch_to_group_norm(module: nn.Module, num_groups: int = 32) -> None:

@@ -165,7 +165,9 @@ def frozen_parameters(name: str, dilation: bool, stages: int | Literal["stem"]) 
         return parameters_of_maps(name, dilation, (last,))
     numbers = layer_numbers(found.whole)
     first = min(number for key, number in numbers.items() if key.startswith(f"{end}."))
-    return frozenset(key for key, number in numbers.items() if number < first)
+    stem = {key for key, number in numbers.items() if number < first}
+    # A token that only the head sees may have the number of the stem.
+    return parameters_of_maps(name, dilation, (ends[0],)) & stem
 
 
 def _options_for_any_size(whole: nn.Module) -> dict[str, Any]:

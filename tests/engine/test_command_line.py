@@ -169,7 +169,7 @@ def test_one_line_and_exit_code_two(trained: Path, data: Path, command: Command,
     cases: list[tuple[list[object], str]] = [
         ([], "--cfg FILE is needed"),
         (["--eval"], "--eval needs --resume CHECKPOINT"),
-        (["--cfg", tmp_path / "none.yaml"], "none.yaml: cannot read"),
+        (["--cfg", tmp_path / "none.yaml"], "none.yaml: cannot be read"),
         (["--cfg", cfg, "optimizer.lrr=1"], "unknown key 'lrr', did you mean 'lr'"),
         (["--cfg", cfg], "already holds a run .* --resume auto"),
         (["--cfg", cfg, fresh, "data.batch_size=16"], "batch_size=16 is more than the 8 training images"),

@@ -261,7 +261,7 @@ import sys
 from pathlib import Path
 from tools import sweep
 sweep.MAIN = Path("main.py").resolve()
-sweep._decode = lambda cfg, overrides: {"o": list(overrides)}
+sweep.decode = lambda cfg, overrides: {"o": list(overrides)}
 assert sys.argv[1:3] == ["-m", "tools.sweep"]
 sys.exit(sweep.main(sys.argv[3:]))
 """

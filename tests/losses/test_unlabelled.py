@@ -7,6 +7,7 @@ import torch
 
 from losses import Criterion
 from losses.balance import balanced_weights
+from losses.pairs import Block
 from losses.unlabelled import without_unlabelled
 from matchers import FocalCost, Hungarian, SoftmaxCost
 from structures import DetectorOutputs, Prediction, QueryGroup, Targets, UnlabelledParts
@@ -78,7 +79,7 @@ def test_a_class_agnostic_group_knows_regions_only():
     group = outputs.groups["decoder"]
     group = group._replace(prediction=Prediction(logits[..., :1], group.prediction.boxes), class_agnostic=True)
     nothing = torch.empty(0, dtype=torch.long)
-    flat = without_unlabelled(group, targets, nothing, nothing)
+    flat = without_unlabelled(Block([group], logits[..., :1].reshape(-1, 1), nothing, nothing, nothing), targets)
     changed = (flat != logits[..., :1].reshape(-1, 1)).flatten()
     assert changed.tolist() == [False, True, False, False, False, False]
 

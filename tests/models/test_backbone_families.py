@@ -139,3 +139,8 @@ def test_what_cannot_be_used_is_refused_in_one_line(name):
     with pytest.raises(ValueError, match=REFUSED[name]) as raised:
         BackboneConfig(model=name, pretrained=False, norm="batch", frozen_stages=0).check()
     assert "\n" not in str(raised.value)
+
+
+def test_norms_of_stages_that_no_map_needs_are_not_trained():
+    config = BackboneConfig(model="test_efficientnet", pretrained=False, norm="group", frozen_stages=0, strides=(8, 16))
+    check_maps_and_gradients(config, SIZES[1])
