@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,7 @@ def fit(
         explicit = checkpoint.load(Path(resume))
     if explicit is not None and "optimizer" not in explicit.state:
         raise ValueError(f"{explicit.path}: holds weights alone, no training to go on with: start with --init-from")
-    device = distributed.choose_device(cfg.trainer.device)
-    configure_device(device, tf32=cfg.trainer.tf32, deterministic=cfg.trainer.deterministic)
-    with distributed.process_group(device, cfg.trainer.collective_timeout):
+    with on_device(cfg) as device:
         directory, loaded = session.open_run(Path(cfg.output_dir), resume, explicit)
         run_log.configure(Path(cfg.output_dir))
         try:
@@ -99,6 +98,15 @@ def fit(
         finally:
             if directory is not None:
                 directory.close()
+
+
+@contextmanager
+def on_device(cfg: Config) -> Iterator[torch.device]:
+    """The device of this process, set up, and connected to the other processes."""
+    device = distributed.choose_device(cfg.trainer.device)
+    configure_device(device, tf32=cfg.trainer.tf32, deterministic=cfg.trainer.deterministic)
+    with distributed.process_group(device, cfg.trainer.collective_timeout):
+        yield device
 
 
 def prepare(
@@ -244,9 +252,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         fit(cfg, resume=args.resume, init_from=args.init_from, explicit=loaded)
         return
     assert loaded is not None
-    device = distributed.choose_device(cfg.trainer.device)
-    configure_device(device, tf32=cfg.trainer.tf32, deterministic=cfg.trainer.deterministic)
-    with distributed.process_group(device, cfg.trainer.collective_timeout):
+    with on_device(cfg) as device:
         evaluate(cfg, loaded, device)
 
 

@@ -65,7 +65,7 @@ Sampling = Uniform | RepeatFactor | ClassBalanced
 
 def _classes_in_images(annotations: PackedAnnotations) -> tuple[Tensor, Tensor]:
     """(image, label) of every class that an image has, once each."""
-    counts = annotations.box_ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+    counts = annotations.counts()
     images = torch.arange(len(counts)).repeat_interleave(counts)
     pairs = torch.stack((images, annotations.labels)).unique(dim=1)
     return pairs[0], pairs[1]

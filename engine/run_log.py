@@ -212,16 +212,18 @@ def memory_gib(device: torch.device) -> float:
 def count_operations(model: Any, size: tuple[int, int], device: torch.device) -> int:
     """Multiplications and additions of a detector for one image of (height, width), as torch's counter finds them.
 
-    It counts matrix products, convolutions and attention; not what else there is, such as sampling.
+    It counts matrix products, convolutions and attention; not what else there is, such as sampling. Nothing is
+    computed: on a CPU, an image would take longer than the rest of the start.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    image = Images(torch.zeros(1, 3, *size, device=device), torch.tensor([size], device=device))
     was_training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in trained:  # the counter's hooks want a graph of what needs gradients
             parameter.requires_grad_(False)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+            image = Images(torch.zeros(1, 3, *size, device=device), torch.tensor([size], device=device))
             model.eval().forward(image)  # not what it is compiled to
     finally:
         model.train(was_training)

@@ -14,7 +14,7 @@ def main() -> None:
     names = sorted(
         path.stem
         for path in FOLDER.glob("*.py")
-        if not path.stem.startswith("_") and path.stem not in ("console", "detector")
+        if not path.stem.startswith("_") and '__name__ == "__main__"' in path.read_text(encoding="utf-8")
     )
     if len(sys.argv) < 2 or sys.argv[1] not in names:
         print(
