@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import Tensor
 
 if not __package__:  # run as a file
@@ -32,6 +31,7 @@ from engine.whole_files import replacing
 from models import DetectorConfig
 from ops.coco_file import read_coco_file
 from schema import plain
+from strict_yaml import read_chain
 from tools import console
 from tools.checkpoint_layouts import Conversion, convert
 from tools.checkpoint_layouts.reading import read, select_weights
@@ -74,10 +74,11 @@ def configure(conversion: Conversion, path: Path, overrides: Sequence[str] = ())
         ValueError: the model it describes has other entries, or other shapes.
     """
     (published,) = _CONFIGS.glob(f"{conversion.model['name']}_r50_*ep.yaml")
+    (_, coco), *_, (_, own) = read_chain(published)
     inferred = {
         "model": conversion.model,
-        "criterion": yaml.safe_load(published.read_text(encoding="utf-8"))["criterion"],
-        "data": {**yaml.safe_load((_CONFIGS / "coco.yaml").read_text(encoding="utf-8"))["data"], **conversion.data},
+        "criterion": own["criterion"],
+        "data": {**coco["data"], **conversion.data},
         "output_dir": str(Path("runs") / path.stem),
     }
     config = configuration.from_dict(inferred, overrides, str(path))
