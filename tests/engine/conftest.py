@@ -3,7 +3,8 @@
 import logging
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def _one_thread() -> Iterator[None]:
 def _draw_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves take longer than all else in a run of a dozen steps; tests that want them ask for ``with_curves``."""
     if "with_curves" not in request.fixturenames:
-        monkeypatch.setattr("engine.trainer.draw_curves", lambda metrics, path: None)
+        monkeypatch.setattr("engine.trainer.draw_curves", lambda metrics, path, classes: None)
 
 
 @pytest.fixture
@@ -33,6 +34,19 @@ def with_curves() -> None:
 
 @pytest.fixture(autouse=True)
 def _restore_process_state() -> Iterator[None]:
+    with process_state_kept():
+        yield
+
+
+@pytest.fixture(scope="session")
+def keeping_process_state() -> Callable[[], AbstractContextManager[None]]:
+    """For fixtures that train for several tests: what they leave would be taken for how it was before."""
+    return process_state_kept
+
+
+@contextmanager
+def process_state_kept() -> Iterator[None]:
+    """Put back signal handlers, loggers and random states at the end."""
     handlers = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
     }

@@ -2,6 +2,8 @@
 
 import functools
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,9 +140,18 @@ SPLITS |= {"1x2": (1, {"batch_size": 2}), "2x1": (2, {"batch_size": 2})}
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, keeping_process_state: Callable[[], AbstractContextManager[None]]
+) -> Path:
     """Results of all runs that take two processes, which are started only once."""
     root = tmp_path_factory.mktemp("shared")
+    with keeping_process_state():
+        train_all(root)
+    return root
+
+
+def train_all(root: Path) -> None:
+    """Run them."""
     runs = []
     for name, changes in TWO_PROCESS_VARIANTS.items():
         whole = Options(directory=str(root / f"{name}-whole"), **changes)  # type: ignore[arg-type]
@@ -162,7 +173,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = run_processes(runs, processes=2)
     assert [e.code for e in ended] == [0, 0], ended[0].errors + ended[1].errors
     train(down)
-    return root
 
 
 @pytest.mark.parametrize("variant", TWO_PROCESS_VARIANTS)
