@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart test test-fast lint check clean
+.PHONY: help install optional quickstart test test-fast lint check clean
 
 help:
 	@echo "make quickstart   make data, train a tiny Align-DETR DINO on it, evaluate, draw (about 7 minutes on two cores)"
 	@echo "make test         the whole test suite"
 	@echo "make test-fast    the parts of a detector and its losses: no processes, no training runs"
+	@echo "make optional     what loggers, videos and ONNX need beside it (their tests skip without)"
 	@echo "make lint         formatting, lint and types"
 	@echo "make check        lint and test, as continuous integration runs them"
 
@@ -21,6 +22,12 @@ $(BIN)/.installed: requirements.txt requirements-dev.txt requirements-fast.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-fast.txt || echo "hotcoco cannot be installed: pycocotools evaluates, more slowly"
 	@touch $@
+
+optional: $(BIN)/.installed
+	@for list in export loggers video; do \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-$$list.txt || \
+		echo "requirements-$$list.txt cannot be installed: the tests that need it skip"; \
+	done
 
 data/shapes/shapes.json: | $(BIN)/.installed
 	$(BIN)/python -m tools.make_shapes --out data/shapes
