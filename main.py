@@ -71,20 +71,25 @@ def fit(
     resume: str | None = None,
     init_from: Path | None = None,
     explicit: checkpoint.Loaded | None = None,
+    process_ends: bool = False,
 ) -> dict[str, Any]:
     """Train from beginning to end, as the command line does.
+
+    Ctrl-C stops it after the step, with a checkpoint, a second one at once; afterwards signals do what they did before.
 
     Args:
         cfg: such as ``config.load(path, overrides)`` gives.
         resume: a checkpoint to go on from, or "auto": the output directory's last one, if there is one.
         init_from: a file to take weights from, heads by class name.
         explicit: the checkpoint at ``resume``, where it has been read already.
+        process_ends: whether this process ends after a signal to stop, so that its handlers may stay.
 
     Returns:
         The metrics of the last evaluation, named as in metrics.jsonl.
 
     Raises:
         ValueError: for what a user can mend.
+        Interrupted: a signal asked to stop.
     """
     if explicit is None and resume not in (None, session.AUTO):
         explicit = checkpoint.load(Path(resume))
@@ -94,7 +99,7 @@ def fit(
         directory, loaded = session.open_run(Path(cfg.output_dir), resume, explicit)
         run_log.configure(Path(cfg.output_dir))
         try:
-            return prepare(cfg, device, directory, loaded, init_from).fit()
+            return prepare(cfg, device, directory, loaded, init_from).fit(process_ends=process_ends)
         finally:
             if directory is not None:
                 directory.close()
@@ -249,7 +254,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     cfg, loaded = read_inputs(args)
     if not args.eval:
-        fit(cfg, resume=args.resume, init_from=args.init_from, explicit=loaded)
+        fit(cfg, resume=args.resume, init_from=args.init_from, explicit=loaded, process_ends=True)
         return
     assert loaded is not None
     with on_device(cfg) as device:

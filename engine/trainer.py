@@ -151,8 +151,11 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- loop
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self, *, process_ends: bool = False) -> dict[str, Any]:
         """Train to the end and evaluate.
+
+        Args:
+            process_ends: whether this process ends after a signal to stop; see ``StopRequest``.
 
         Returns:
             The metrics of the last evaluation.
@@ -162,7 +165,7 @@ class Trainer:
             DivergedError: when losses or gradients were not finite too often.
             ValueError: for what a user can mend, such as a full disk.
         """
-        with StopRequest() as stop:
+        with StopRequest(process_ends=process_ends) as stop:
             for _ in self.steps(stop):
                 pass
         return self.metrics

@@ -46,12 +46,20 @@ class StopRequest:
 
     A scheduler often signals every process of a job, and torchrun passes its own signal on to processes that have
     had one already. A SIGINT that comes ``SAME_REQUEST_SECONDS`` or more after the first signal is a person's, who does
-    not want to wait: it ends the process whatever this is doing, for a thread of its own sees to that. Data-loading
-    workers, which inherit the handlers, leave the matter to their parent.
+    not want to wait. Data-loading workers, which inherit the handlers, leave the matter to their parent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, process_ends: bool = False) -> None:
+        """Prepare to listen, from entering the context on.
+
+        Args:
+            process_ends: whether this process ends once it has stopped. Then the handlers stay after a signal, and a
+                second Ctrl-C ends the process whatever it is doing, for a thread of its own sees to that. Otherwise the
+                former handlers always come back, and have the second Ctrl-C: Python's raises KeyboardInterrupt.
+        """
         self.signal_number = 0
+        self._process_ends = process_ends
+        self._since = 0.0
         self._owner = os.getpid()
         self._former: dict[int, signal._HANDLER] = {}
         self._waiting = False
@@ -65,15 +73,14 @@ class StopRequest:
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._former_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        threading.Thread(target=_end_at_second_interrupt, args=(reader,), daemon=True, name="signals").start()
+        threading.Thread(target=_listen, args=(reader, self._process_ends), daemon=True, name="signals").start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.signal_number:
-            # The process is about to end, and should do so with its own exit code: torchrun sends SIGTERM to all
-            # others as soon as the first has ended.
+        if self.signal_number and self._process_ends:
+            # And should do so with its own exit code: torchrun sends SIGTERM to all others once the first has ended.
             return
         signal.set_wakeup_fd(self._former_writer)
         os.close(self._writer)
@@ -92,13 +99,24 @@ class StopRequest:
         return found
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._owner and not self.signal_number:
-            self.signal_number = number
+        if os.getpid() != self._owner:
+            return
+        if not self.signal_number:
+            self.signal_number, self._since = number, time.monotonic()
             if self._waiting:
                 raise StopWaiting
+        elif not self._process_ends and _is_impatient(number, self._since):
+            former = self._former[number]
+            if callable(former):
+                former(number, frame)
 
 
-def _end_at_second_interrupt(reader: int) -> None:
+def _is_impatient(number: int, since: float) -> bool:
+    """Whether a signal is a person's second Ctrl-C, the first signal having come at ``since``."""
+    return number == signal.SIGINT and time.monotonic() - since >= SAME_REQUEST_SECONDS
+
+
+def _listen(reader: int, process_ends: bool) -> None:
     """Read the numbers of the signals that this process gets, until nothing writes them any more."""
     first: float | None = None
     while numbers := os.read(reader, 64):
@@ -108,7 +126,7 @@ def _end_at_second_interrupt(reader: int) -> None:
             if first is None:
                 first = time.monotonic()
                 log.info("%s: stopping after this step; Ctrl-C ends at once", signal.Signals(number).name)
-            elif number == signal.SIGINT and time.monotonic() - first >= SAME_REQUEST_SECONDS:
+            elif process_ends and _is_impatient(number, first):
                 kill_children()
                 with suppress(OSError):
                     print(

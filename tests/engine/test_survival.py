@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from tiny_training import Options, train
 from training_processes import Ended, Started, run_processes, start_processes
 
 from engine import checkpoint
-from engine.runs.signals import SAME_REQUEST_SECONDS, StopRequest
+from engine.runs.faults import DivergedError
+from engine.runs.signals import SAME_REQUEST_SECONDS, Interrupted, StopRequest
 
 KILLS = int(os.environ.get("ALIGN_DETR_KILLS", "4"))
 """How often the kill tests kill."""
@@ -120,6 +123,39 @@ def test_a_second_interrupt_ends_what_listens_to_nothing(tmp_path: Path) -> None
     assert ended.code == 130
     assert re.fullmatch(r"error: ended at once by a second Ctrl-C: .* --resume auto\n", ended.errors)
     assert last(directory)["position"]["step"] == 3
+
+
+@pytest.mark.parametrize("end", [{}, {"signal_at": 3}, {"nan_at": 3}, {"signal_at": 3, "nan_at": 3}])
+def test_where_the_process_lives_on_ctrl_c_works_as_before(tmp_path: Path, end: dict[str, Any]) -> None:
+    """As in a notebook: after a run that was done, stopped, has failed, or failed when it was to stop."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    options = Options(directory=str(tmp_path), steps=5, signal_number=int(signal.SIGINT), **end)
+    with pytest.raises((Interrupted, DivergedError)) if end else nullcontext():
+        train(options)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_where_the_process_lives_on_a_second_ctrl_c_interrupts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What listens to nothing, by an exception and not by the end of the process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr("engine.runs.signals.SAME_REQUEST_SECONDS", 0.2)
+
+    def press_twice() -> None:
+        while steps_taken(tmp_path) < 3:
+            time.sleep(0.02)
+        for wait in (0.5, 0.0):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(wait)
+
+    fingers = threading.Thread(target=press_twice)
+    fingers.start()
+    with pytest.raises(KeyboardInterrupt):
+        train(Options(directory=str(tmp_path), steps=3, eval_seconds=100.0, eval_is_deaf=True))
+    fingers.join()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert last(tmp_path)["position"]["step"] == 3
 
 
 def test_what_is_to_outlive_its_terminal_does() -> None:

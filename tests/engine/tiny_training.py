@@ -248,7 +248,7 @@ def _inject(options: Options, step: int, batch: Batch) -> Batch:
     return batch
 
 
-def train(options: Options) -> Trainer:
+def train(options: Options, *, process_ends: bool = False) -> Trainer:
     """Start or go on as main does."""
     if options.file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (options.file_limit, resource.RLIM_INFINITY))
@@ -263,7 +263,7 @@ def train(options: Options) -> Trainer:
         if options.gradients is not None:
             write_gradients(trainer, Path(options.gradients))
         else:
-            trainer.fit()
+            trainer.fit(process_ends=process_ends)
     finally:
         if opened.directory is not None:
             opened.directory.close()
@@ -287,7 +287,7 @@ def run_all(runs: list[Options]) -> None:
         for options in runs[:-1]:
             with contextlib.suppress(Interrupted):
                 train(options)
-        train(runs[-1])
+        train(runs[-1], process_ends=True)
 
 
 def exit_code(work: list[Options] | Callable[[], None]) -> int:
