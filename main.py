@@ -93,8 +93,8 @@ def fit(
     """
     if explicit is None and resume not in (None, session.AUTO):
         explicit = checkpoint.load(Path(resume))
-    if explicit is not None and "optimizer" not in explicit.state:
-        raise ValueError(f"{explicit.path}: holds weights alone, no training to go on with: start with --init-from")
+    if explicit is not None:
+        checkpoint.check_goes_on(explicit)
     with on_device(cfg) as device:
         directory, loaded = session.open_run(Path(cfg.output_dir), resume, explicit)
         run_log.configure(Path(cfg.output_dir))

@@ -150,6 +150,19 @@ def load(path: Path) -> Loaded:
     return Loaded(path, state)
 
 
+def check_goes_on(loaded: Loaded) -> None:
+    """Refuse weights alone where a training is to go on.
+
+    Raises:
+        CheckpointError: says what they can be used for.
+    """
+    if "optimizer" not in loaded.state:
+        raise CheckpointError(
+            f"{loaded.path}: holds weights alone, no training to go on with: start one from them with --init-from "
+            "(and --cfg), or measure them with --eval"
+        )
+
+
 @contextmanager
 def understanding(path: Path) -> Iterator[None]:
     """In the body, the content of a checkpoint is put to use, which may lack entries or hold something else in them.

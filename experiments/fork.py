@@ -60,6 +60,7 @@ def choose_checkpoint(source: Path, at: int | None) -> checkpoint.Loaded:
     paths = [source / name for name in names if (source / name).exists()] if source.is_dir() else [source]
     steps = {int(loaded.state["position"]["step"]): loaded for loaded in map(checkpoint.load, reversed(paths))}
     if fitting := [step for step in steps if at is None or step <= at]:
+        checkpoint.check_goes_on(steps[max(fitting)])
         return steps[max(fitting)]
     found = f"its checkpoints are of step {', '.join(map(str, sorted(steps)))}" if steps else "it has no checkpoint"
     raise ValueError(f"{source}: {found}, and --at {at} needs one at or before that step")

@@ -27,7 +27,7 @@ from engine.runs import session
 from engine.step import OptimizerStep
 from ops.ms_deform_attn import describe_backend, set_default_backend
 from structures import Batch, BatchSize
-from tools import replay
+from tools import export, replay
 
 MODEL: dict[str, Any] = {
     "backbone": {"model": "resnet10t", "pretrained": False, "norm": "group", "frozen_stages": 0},
@@ -123,12 +123,15 @@ def test_run_directory_is_complete(trained: Path) -> None:
         assert said in log
 
 
-def test_evaluation_needs_only_the_checkpoint(trained: Path, command: Command) -> None:
+def test_evaluation_needs_only_the_checkpoint(trained: Path, command: Command, tmp_path: Path) -> None:
+    """Or its weights alone."""
     before = {path: path.read_bytes() for path in trained.iterdir()}
-    code, output, errors = command("--eval", "--resume", trained / "checkpoint_last.pth", "data.eval_batch_size=1")
-    assert (code, errors) == (0, "")
+    export.export(trained / "checkpoint_last.pth", "safetensors", tmp_path / "weights.safetensors")
     record = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    assert f"AP {record['AP']:.2f}  AP50 {record['AP50']:.2f}" in output
+    for path in (trained / "checkpoint_last.pth", tmp_path / "weights.safetensors"):
+        code, output, errors = command("--eval", "--resume", path, "data.eval_batch_size=1")
+        assert (code, errors) == (0, "")
+        assert f"AP {record['AP']:.2f}  AP50 {record['AP50']:.2f}" in output
     assert {path: path.read_bytes() for path in trained.iterdir()} == before, "evaluation writes nothing"
 
 

@@ -12,7 +12,7 @@ import main
 from engine import checkpoint
 from engine.runs import session
 from engine.runs.transfer import initialise_from
-from tools import export
+from tools import export, fork
 from tools.detector import Detector, load_model
 
 ROOT = Path(__file__).parents[2]
@@ -58,9 +58,15 @@ def test_they_start_a_run_by_class_name_but_none_goes_on_with_them(
     assert len(transfer.copied) > 100
     head = next(name for name in transfer.by_class if name.endswith("class_head.weight"))
     assert torch.equal(fresh.state_dict()[head][0], model.state_dict()[head][1])
-    code = session.exit_code(lambda: main.run(["--resume", str(weights), f"output_dir={tmp_path}/run"]))
-    assert code == 2
-    assert "holds weights alone, no training to go on with: start with --init-from" in capsys.readouterr().err
+    options = [str(weights), f"output_dir={tmp_path}/run"]
+    assert session.exit_code(lambda: main.run(["--resume", *options])) == 2
+    assert fork.main([str(weights), "--swap", "seed=1", "--steps", "1", "--out", f"{tmp_path}/run"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(
+        "holds weights alone, no training to go on with: start one from them with --init" in line for line in lines
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_of_another_program_the_tensors_alone_are_read(weights: Path, tmp_path: Path) -> None:
