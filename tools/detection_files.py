@@ -18,6 +18,7 @@ from engine.pictures import COLOURS
 from engine.whole_files import replacing
 from structures import Detections
 from tools.detector import Detector
+from tools.video import Writer
 
 RESULTS = "detections.json"
 COLUMNS = ("file_name", "frame", "image_id", "class", "category_id", "score", "x", "y", "width", "height")
@@ -117,6 +118,7 @@ class Output:
 
     def __init__(self, options: argparse.Namespace, detector: Detector) -> None:
         self.out, self.pictures, self.also = options.out, not options.no_pictures, options.also
+        self.threshold: float = options.threshold
         self.names, self.category_ids = detector.class_names, [category.id for category in detector.categories]
         self.results: list[dict[str, Any]] = []
         self.out.mkdir(parents=True, exist_ok=True)
@@ -130,8 +132,19 @@ class Output:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def add(self, found: Detections, pixels: Tensor, image_id: int, name: Path, frame: int | None = None) -> None:
-        """Add the detections of an image or frame to the results, and write them where it has a file of its own."""
+    def add(
+        self,
+        found: Detections,
+        pixels: Tensor,
+        image_id: int,
+        name: Path,
+        frame: int | None = None,
+        writer: Writer | None = None,
+    ) -> None:
+        """Add the detections of an image or frame to the results, and write them where it has a file of its own.
+
+        The picture with boxes goes to the writer of a video, or without one to a file.
+        """
         entries = coco_results(found, image_id, name.as_posix(), self.category_ids)
         self.results += entries if frame is None else [{**entry, "frame": frame} for entry in entries]
         if "yolo" in self.also:
@@ -139,7 +152,9 @@ class Output:
             path = self.target(Path("labels") / own.with_suffix(".txt"), ".txt")
             size = int(pixels.shape[1]), int(pixels.shape[2])
             path.write_text(as_yolo(entries, size, self.category_ids), encoding="utf-8")
-        if self.pictures and frame is None:
+        if self.pictures and writer is not None:
+            writer.add(draw(pixels, found, self.names))
+        elif self.pictures:
             target = self.target(name)
             with replacing(target) as temporary:  # where a link stands, not what it points to is replaced
                 kind = Image.registered_extensions()[target.suffix.lower()]

@@ -2,22 +2,26 @@
 
     python -m tools.predict --resume runs/k3/checkpoint_best.pth photo.jpg folder/ --threshold 0.4 --out found
     python -m tools.predict --resume runs/k3/checkpoint_best.pth street.mp4 --tile 640 --flip --also csv
+    python -m tools.predict --resume runs/k3/checkpoint_best.pth frames/ --video 25
 
 ``found/`` then holds each picture (or video) with its boxes, and ``detections.json``: a list of COCO results (image_id,
 category_id, bbox as x, y, width, height in pixels, score) with the file's name added. Pixels are taken as stored: EXIF
 orientation is ignored, as in COCO. Files that cannot be read are named and skipped. The frames of a video have its
-name, and their number, from 0 on, as ``frame``.
+name, and their number, from 0 on, as ``frame``. With --video the pictures of a folder are written as one MP4 of its
+name, in the order of the numbers in their names.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from fractions import Fraction
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +36,7 @@ from ops.coco_columns import is_integer, whole_number
 from ops.coco_file import read_coco_file
 from structures import Detections
 from tools import console
-from tools.detection_files import Output, draw
+from tools.detection_files import Output
 from tools.detector import Detector, to_pixels
 from tools.video import ENDINGS, open_video, write_video
 from tools.views import Views
@@ -44,6 +48,18 @@ class Source(NamedTuple):
     path: Path
     name: Path
     """Relative name: within the folder that was given, or the file's own."""
+
+    @property
+    def video(self) -> Path:
+        """Name of the video that the pictures of its folder make."""
+        folder = self.name.parent.name or self.path.parent.resolve().name or "video"
+        return self.name.parent.with_name(f"{folder}.mp4") if self.name.parent.name else Path(f"{folder}.mp4")
+
+    @property
+    def place(self) -> tuple[Path, list[int | str]]:
+        """By which pictures are sorted for a video: the folder, and the name with its numbers as such."""
+        parts = re.split(r"([0-9]+)", self.path.name)
+        return self.path.parent, [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def find_images(paths: Sequence[Path], out: Path) -> list[Source]:
@@ -137,9 +153,29 @@ def predict_files(
         progress.show(min(start + detector.batch_size, len(sources)))
 
 
-def predict_video(
-    detector: Detector, source: Source, first_id: int, threshold: float, views: Views, output: Output
-) -> int:
+def predict_pictures(
+    detector: Detector, sources: Sequence[Source], ids: Sequence[int], rate: float | None, views: Views, output: Output
+) -> list[str]:
+    """Find objects in image files and write them, each picture or, at a ``rate`` of frames a second, one video.
+
+    Returns:
+        Why files were skipped.
+    """
+    skipped: list[str] = []
+    with ExitStack() as files:
+        writer = None
+        for index, pixels, found in predict_files(detector, sources, output.threshold, Progress(len(sources)), views):
+            if pixels is None or isinstance(found, str):
+                skipped.append(str(found))
+                continue
+            if writer is None and rate is not None and output.pictures:
+                path = output.target(sources[index].video, ".mp4")
+                writer = files.enter_context(write_video(path, Fraction(rate).limit_denominator(1001)))
+            output.add(found, pixels, ids[index], sources[index].name, writer=writer)
+    return skipped
+
+
+def predict_video(detector: Detector, source: Source, first_id: int, views: Views, output: Output) -> int:
     """Find objects in every frame, write the video with them, and return the number of frames.
 
     Raises:
@@ -152,10 +188,8 @@ def predict_video(
         if output.pictures:
             writer = files.enter_context(write_video(output.target(source.name, ".mp4"), video.rate))
         for frames in batched(video, detector.batch_size):
-            for pixels, found in zip(frames, views(detector, frames, threshold), strict=True):
-                output.add(found, pixels, first_id + count, source.name, frame=count)
-                if writer is not None:
-                    writer.add(draw(pixels, found, detector.class_names))
+            for pixels, found in zip(frames, views(detector, frames, output.threshold), strict=True):
+                output.add(found, pixels, first_id + count, source.name, frame=count, writer=writer)
                 count += 1
             progress.show(min(count, progress.total))
     return count
@@ -172,25 +206,29 @@ def run(options: argparse.Namespace) -> int:
     """The command with its options; returns the exit code."""
     if not 0 <= options.threshold <= 1:
         raise ValueError(f"--threshold must lie in [0, 1], got {options.threshold}")
+    if options.video is not None and not 0 < options.video <= 1000:
+        raise ValueError(f"--video must lie in (0, 1000] frames a second, got {options.video}")
     views = Views(tile=options.tile, overlap=options.overlap, flip=options.flip, scales=tuple(options.scales))
     sources = find_images(options.images, options.out)
     videos = [source for source in sources if source.path.suffix.lower() in ENDINGS]
     sources = [source for source in sources if source not in videos]
+    if options.video is not None:
+        sources.sort(key=lambda source: source.place)
     ids = image_numbers(sources, options.annotations)
     detector = Detector(options.resume, device=options.device, batch_size=options.batch_size, overrides=options.set)
     output = Output(options, detector)
     skipped: list[str] = []
-    images = 0
-    for index, pixels, found in predict_files(detector, sources, options.threshold, Progress(len(sources)), views):
-        if pixels is None or isinstance(found, str):
-            skipped.append(str(found))
-            continue
-        output.add(found, pixels, ids[index], sources[index].name)
-        images += 1
+    start = 0
+    for _, group in groupby(sources, lambda source: options.video and source.path.parent):
+        members = list(group)
+        own_ids = ids[start : start + len(members)]
+        skipped += predict_pictures(detector, members, own_ids, options.video, views, output)
+        start += len(members)
+    images = len(sources) - len(skipped)
     next_id = max(ids, default=0) + 1
     for video in videos:
         try:
-            frames = predict_video(detector, video, next_id, options.threshold, views, output)
+            frames = predict_video(detector, video, next_id, views, output)
             next_id, images = next_id + frames, images + frames
         except ValueError as error:
             skipped.append(str(error))
@@ -219,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="such as cpu or cuda:0; by default the GPU where there is one")
     parser.add_argument("--annotations", type=Path, help="COCO file that gives the images their ids, by file name")
     parser.add_argument("--no-pictures", action="store_true", help="write no pictures and videos")
+    parser.add_argument("--video", type=float, metavar="FPS", help="write the pictures of a folder as one video")
     parser.add_argument("--also", nargs="*", choices=("csv", "yolo"), default=[], help="beside detections.json")
     parser.add_argument("--tile", type=int, help="pixels of square tiles to look at beside the whole image")
     parser.add_argument("--overlap", type=float, default=0.2, help="share of a tile in the next one (%(default)s)")

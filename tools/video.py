@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from engine.whole_files import replacing
@@ -69,14 +69,19 @@ def open_video(path: Path) -> Iterator[Video]:
 
 
 class Writer:
-    """Writes pictures of one size as frames of an MP4 file."""
+    """Writes pictures as frames of an MP4 file, whose size is that of the first."""
 
     def __init__(self, container: Any, rate: Any) -> None:
         self._container, self._rate = container, rate
         self._stream: Any = None
 
     def add(self, picture: Image.Image) -> None:
-        """Add a frame; of an odd width or height the last column or row is left out, which most players want."""
+        """Add a frame; of an odd width or height the last column or row is left out, which most players want.
+
+        A picture of another size than the first is scaled and bordered to fit.
+        """
+        if self._stream is not None and (size := (self._stream.width, self._stream.height)) != picture.size:
+            picture = ImageOps.pad(picture, size)
         av, pixels = _av(), np.asarray(picture)
         pixels = pixels[: len(pixels) // 2 * 2, : pixels.shape[1] // 2 * 2]
         if self._stream is None:

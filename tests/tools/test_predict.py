@@ -15,7 +15,7 @@ from datasets.coco import SampleKey
 from datasets.collate import make_batch
 from engine.pictures import COLOURS
 from structures import Detections
-from tools import predict
+from tools import detection_files, predict
 from tools.detector import Detector, to_pixels
 
 
@@ -112,7 +112,7 @@ def test_boxes_are_drawn_where_they_are() -> None:
     found = Detections(
         torch.tensor([0.9, 0.5]), torch.tensor([1, 0]), torch.tensor([[20.0, 40, 80, 90], [0, 0, 99, 30]])
     )
-    picture = predict.draw(torch.zeros(3, 100, 120, dtype=torch.uint8), found, ["ant", "bee"])
+    picture = detection_files.draw(torch.zeros(3, 100, 120, dtype=torch.uint8), found, ["ant", "bee"])
     assert picture.size == (120, 100)
     drawn = np.asarray(picture)
     colours = [tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in COLOURS[:2]]
@@ -234,6 +234,7 @@ def test_image_ids_of_an_annotation_file(tiny_checkpoint: Path, tmp_path: Path) 
         (["empty"], "no image in empty"),
         (["text.jpg"], "none of the 1 files can be read as an image"),
         (["text.jpg", "--threshold", "2"], "--threshold must lie in [0, 1]"),
+        (["text.jpg", "--video", "0"], "--video must lie in (0, 1000] frames a second, got 0.0"),
         (["text.jpg", "--resume", "text.jpg"], "text.jpg: cannot be read as a checkpoint"),
         (["text.jpg", "--set", "model.num_querys=3"], "unknown key 'num_querys', did you mean 'num_queries'?"),
     ],

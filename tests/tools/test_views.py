@@ -204,3 +204,33 @@ def test_every_frame_of_a_video_is_predicted_and_drawn(
         patch.setitem(__import__("sys").modules, "av", None)
         assert predict.main([*arguments, "--out", str(tmp_path / "other"), str(tmp_path / "clip.mp4")]) == 2
     assert "video files need PyAV: pip install av" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not VIDEO, reason="PyAV is not installed")
+def test_numbered_pictures_become_a_video_of_each_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """In the order of their numbers, whatever their sizes; a file that cannot be read is left out, none is replaced."""
+    for name, number in (("f1.png", 1), ("f2.png", 2), ("f10.png", 3), ("f11.png", 4), ("sub/7.png", 5)):
+        (tmp_path / "clip" / name).parent.mkdir(exist_ok=True, parents=True)
+        size = (40, 40) if name == "f11.png" else (80, 64)
+        Image.new("RGB", size, (40 * number, 60, 200)).save(tmp_path / "clip" / name)
+    (tmp_path / "clip/f3.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "clip.mp4").write_bytes(b"of others")
+    arguments = [str(tmp_path / "clip"), "--resume", str(tiny_checkpoint), "--out", str(out), "--batch-size", "2"]
+    assert predict.main([*arguments, "--threshold", "0.999", "--video", "12.5"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["clip.mp4", "clip_2.mp4", "detections.json", "sub.mp4"]
+    assert (out / "clip.mp4").read_bytes() == b"of others"
+    for name, numbers in (("clip_2.mp4", [1, 2, 3, 4]), ("sub.mp4", [5])):
+        with video.open_video(out / name) as opened:
+            assert float(opened.rate) == 12.5
+            shades = [float(frame[0, 20:40, 30:50].float().mean()) for frame in opened]
+        assert shades == pytest.approx([40 * number for number in numbers], abs=6)
+    # What is found in each picture is what is found without a video, in the order in which it is shown.
+    assert predict.main([*arguments, "--threshold", "0", "--video", "12.5", "--no-pictures"]) == 0
+    results = json.loads((out / "detections.json").read_text())
+    order = list(dict.fromkeys(entry["file_name"] for entry in results))
+    assert order == ["f1.png", "f2.png", "f10.png", "f11.png", "sub/7.png"]
+    found = Detector(tiny_checkpoint, device="cpu")([tmp_path / "clip/f11.png"])[0]
+    scores = [entry["score"] for entry in results if entry["file_name"] == "f11.png"]
+    assert scores == pytest.approx(found.scores.tolist(), abs=2e-5)
