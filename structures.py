@@ -112,9 +112,11 @@ class Prediction(NamedTuple):
         """Logits [B, Q, C] and boxes [B, Q, 4] of one layer."""
         return Prediction(self.logits[index], self.boxes[index])
 
-    def queries(self, chosen: slice) -> Prediction:
-        """The same layers of some of the queries."""
-        return Prediction(self.logits[:, :, chosen], self.boxes[:, :, chosen])
+    def split(self, at: int) -> tuple[Prediction, Prediction]:
+        """The same layers of the first queries, and of those from ``at`` on."""
+        sizes = [min(at, self.boxes.shape[2]), max(self.boxes.shape[2] - at, 0)]
+        (logits, more_logits), (boxes, more_boxes) = self.logits.split(sizes, 2), self.boxes.split(sizes, 2)
+        return Prediction(logits, boxes), Prediction(more_logits, more_boxes)
 
 
 class Matches(NamedTuple):

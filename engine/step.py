@@ -161,12 +161,11 @@ class OptimizerStep:
             batch = batch.to(self.device, non_blocking=True)
             with self._synchronised(index == len(batches) - 1):
                 loss = forward_loss(self.model, self.criterion, batch, size, self.device, self.precision)
-                total = loss.total
-                # Times one; but times NaN if the loss is not finite. Its gradient could be finite all the same, and
-                # the other processes, which learn of it through the gradients, would go on.
-                poison = 1 + (total.detach() - total.detach())
-                self.scaler.scale(total * poison * world).backward()
-            losses.append(LossOutput(total.detach(), loss.terms, loss.diagnostics))
+                total = loss.total.detach()
+                # Times NaN if the loss is not finite. Its gradient could be finite all the same, and the other
+                # processes, which learn of it through the gradients, would go on.
+                self.scaler.scale(loss.total).backward(world + (total - total))
+            losses.append(LossOutput(total, loss.terms, loss.diagnostics))
         self.scaler.unscale_(self.optimizer)
         return clip_gradients(self.parameters, self.clip_norm), losses
 

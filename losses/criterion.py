@@ -158,18 +158,17 @@ class Criterion:
             rank, weight = self._rank(pairs, len(targets.labels), [groups[name] for name in candidates])
             normaliser = _normaliser(num_targets, targets)
             images = len(targets.counts) if num_images is None else num_images
-            sums = {
-                "class": self._class_sums(pairs, targets, weight, normaliser, images),
-                **{name: values / normaliser for name, values in self._box_sums(groups, pairs, weight).items()},
-            }
+            class_sums = self._class_sums(pairs, targets, weight, normaliser, images)
+            sums = torch.cat([class_sums[None], self._box_sums(groups, pairs, weight) / normaliser])  # [3, layers]
             weights = (self.weights.classification, self.weights.bbox, self.weights.giou)
             in_total = self._in_total(groups, targets.boxes)
-            total = torch.stack([w * (in_total * s).sum() for w, s in zip(weights, sums.values(), strict=True)]).sum()
+            parts = (sums if in_total is None else sums * in_total).sum(1).unbind(0)
+            total = torch.stack([w * part for w, part in zip(weights, parts, strict=True)]).sum()
             names = [layer for name, group in groups.items() for layer in _layer_names(name, group)]
             terms = {
                 f"{layer}/{name}": value
-                for name, values in sums.items()
-                for layer, value in zip(names, values.detach().unbind(0), strict=True)
+                for name, values in zip(("class", "bbox", self.overlap), sums.detach().unbind(0), strict=True)
+                for layer, value in zip(names, values.unbind(0), strict=True)
             }
             found = {name: groups[name] for name in candidates}
             described = _describe(found, candidates, pairs, rank, len(targets.labels))
@@ -224,9 +223,8 @@ class Criterion:
             columns = None if block.class_agnostic else of_classes
             losses = self.classification(logits, block.rows, block.labels, iou, own, block.images, columns)
             for group, part in zip(block.groups, block.split(losses), strict=True):
-                part = part if group.valid is None else part.where(group.valid, 0)
-                summed = part.sum(-1)
-                summed = (summed if group.image_scale is None else summed * group.image_scale).sum(-1)
+                part = part if group.valid is None else part * group.valid
+                summed = part.sum((1, 2)) if group.image_scale is None else (part.sum(2) * group.image_scale).sum(1)
                 sums.append(summed / divide_by(num_targets, num_images * part.shape[-1], num_images))
         return torch.cat(sums) if self.query_groups == 1 else torch.cat(sums) / self.query_groups
 
@@ -235,9 +233,9 @@ class Criterion:
             raise ValueError(f"criterion.class_weights={self.class_weights} needs the data's counts: call for_classes")
         return None if self.class_weights is None else like.new_tensor(self.class_weights)
 
-    def _box_sums(self, groups: Mapping[str, QueryGroup], pairs: Pairs, weight: Tensor | None) -> dict[str, Tensor]:
-        """Summed L1 and overlap losses of each layer of all groups."""
-        losses = torch.stack(box_losses(pairs.boxes, pairs.target_boxes, self.overlap))  # [2, M]
+    def _box_sums(self, groups: Mapping[str, QueryGroup], pairs: Pairs, weight: Tensor | None) -> Tensor:
+        """Summed L1 and overlap losses of each layer of all groups, [2, layers]."""
+        losses = torch.stack(box_losses(pairs.boxes, pairs.target_boxes, self.overlap, pairs.overlap))  # [2, M]
         if weight is not None:
             ones = torch.ones_like(weight)
             losses = losses * torch.stack([weight if t in self.prime_sample_terms else ones for t in ("bbox", "giou")])
@@ -248,13 +246,12 @@ class Criterion:
         # A masked sum instead of index_add: the same bits in every run, on every device.
         num_layers = sum(len(group.prediction.logits) for group in groups.values())
         index = torch.arange(num_layers, device=losses.device)[:, None]
-        bbox, overlap = torch.where(pairs.layer == index, losses[:, None], 0).sum(-1)
-        return {"bbox": bbox, self.overlap: overlap}
+        return losses[:, None].masked_fill(pairs.layer != index, 0).sum(-1)
 
-    def _in_total(self, groups: Mapping[str, QueryGroup], like: Tensor) -> Tensor | float:
-        """Factor of each layer of all groups; 1 if none is weighted."""
+    def _in_total(self, groups: Mapping[str, QueryGroup], like: Tensor) -> Tensor | None:
+        """Factor of each layer of all groups; None if none is weighted."""
         if all(group.weight == 1 for group in self.groups.values()):
-            return 1.0
+            return None
         weights = {name: group.weight for name, group in self.groups.items()}
         return torch.cat([like.new_full((len(g.prediction.logits),), weights.get(n, 1.0)) for n, g in groups.items()])
 

@@ -49,15 +49,15 @@ def matching_diagnostics(
     # Not an assignment: in some versions, a number that is assigned is copied from the host.
     taken.index_fill_(0, layer * num_targets + target, 1)
     matched = taken.view(num_layers, num_targets).sum(-1)
-    difference = (rank_within(score, layer) - rank_within(iou, layer)).double().square()
+    by_score, by_iou = rank_within(torch.stack([score, iou]), layer)
+    difference = (by_score - by_iou).double().square()
     squares = torch.where(in_layer, difference, 0).sum(-1)
     correlation = torch.where(count > 1, 1 - 6 * squares / (count * (count * count - 1)).clamp(min=1), 0).float()
 
     ranks = torch.arange(max(candidates, default=1), device=rank.device)
     of_rank = in_layer & (rank == ranks[:, None, None])  # [K, L, M]
     members = of_rank.sum(-1).clamp(min=1)
-    mean_iou = torch.where(of_rank, iou, 0).sum(-1) / members
-    mean_score = torch.where(of_rank, score, 0).sum(-1) / members
+    mean_iou, mean_score = (torch.where(of_rank, values, 0).sum(-1) / members for values in (iou, score))
 
     columns = {
         "candidates": count / matched.clamp(min=1),
@@ -97,9 +97,11 @@ def instability(supervised: Sequence[tuple[Sequence[str], Prediction, Matches]])
         if before is not None and before.shape == target.shape[1:]:
             target, names = torch.cat((before[None], target)), ["", *names]
         before = target[-1]
-        earlier, later = target[:-1], target[1:]
-        changed = (earlier != later).sum((1, 2))
-        involved = ((earlier >= 0) | (later >= 0)).sum((1, 2))
+        if len(target) == 1:
+            continue
+        changed = (target[:-1] != target[1:]).sum((1, 2))
+        matched = target >= 0
+        involved = (matched[:-1] | matched[1:]).sum((1, 2))
         for name, value in zip(names[1:], (changed / involved.clamp(min=1)).unbind(0), strict=True):
             described[f"{name}/instability"] = value
     return described

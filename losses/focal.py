@@ -34,5 +34,7 @@ class Focal(ClassificationLoss):
 
     def matched(self, logit: Tensor, iou: Tensor, weight: Tensor | None, groups: Tensor | None) -> Tensor:
         target = weighted(torch.ones_like(logit), weight)
-        distance = ((-logit).sigmoid() - (1 - target)).abs()  # |w−s|, exact where s rounds to 1
+        distance = (-logit).sigmoid()  # |w−s| at w = 1, exact where s rounds to 1
+        if weight is not None:
+            distance = (distance - (1 - target)).abs()
         return self.alpha * power(distance, self.gamma) * binary_cross_entropy(logit, target)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from losses.binary import at_least_float32
-from ops.boxes import cxcywh_to_xyxy, paired_iou
+from ops.boxes import Overlap, paired_iou, paired_overlap
 from structures import Matches, QueryGroup, Targets
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,6 +59,8 @@ class Pairs(NamedTuple):
     """[M, 4] predicted."""
     target_boxes: Tensor
     """[M, 4] of the target."""
+    overlap: Overlap
+    """How the two lie to each other, of [M] pairs."""
     scale: Tensor | None
     """[M] factor of each pair's losses; None for 1."""
 
@@ -85,10 +87,10 @@ def collect_pairs(groups: Sequence[QueryGroup], targets: Targets, score: Score) 
         for group in members:
             matches = matches_of(group)
             num_layers, num_images, num_queries, _ = group.prediction.logits.shape
-            image = torch.add(matches.image, matches.layer, alpha=num_images)
-            rows.append(torch.add(matches.query + rows_before, image, alpha=num_queries))
-            images.append(image + layers_before * num_images)
             layers.append(matches.layer + layers_before)
+            images.append(torch.add(matches.image, layers[-1], alpha=num_images))
+            first = rows_before - layers_before * num_images * num_queries
+            rows.append(torch.add(matches.query, images[-1], alpha=num_queries) + first)
             scales.append(None if group.image_scale is None else group.image_scale[matches.image])
             rows_before += num_layers * num_images * num_queries
             layers_before += num_layers
@@ -104,6 +106,7 @@ def collect_pairs(groups: Sequence[QueryGroup], targets: Targets, score: Score) 
     target = torch.cat([matches_of(group).target for group in groups])
     matched = _join(boxes)
     target_boxes = targets.boxes[target].to(matched.dtype)
+    overlap = paired_overlap(matched, target_boxes)
     scale = None
     if any(part is not None for part in scales):
         like = zip(scales, layers, strict=True)
@@ -113,9 +116,10 @@ def collect_pairs(groups: Sequence[QueryGroup], targets: Targets, score: Score) 
         layer=torch.cat(layers),
         target=target,
         score=_join(scores),
-        iou=paired_iou(cxcywh_to_xyxy(matched.detach()), cxcywh_to_xyxy(target_boxes)),
+        iou=paired_iou(matched, target_boxes, overlap=overlap).detach(),
         boxes=matched,
         target_boxes=target_boxes,
+        overlap=overlap,
         scale=scale,
     )
 

@@ -10,30 +10,28 @@ def rank_within(values: Tensor, groups: Tensor) -> Tensor:
     """Rank of each value among those of its group, 0 for the largest; equal values rank in their order.
 
     Args:
-        values: [M].
+        values: [..., M].
         groups: [M] int64, which values are compared with each other.
 
     Returns:
-        [M] int64. Nothing here synchronises.
+        [..., M] int64. Nothing here synchronises.
     """
     order, first = _order_within(values, groups)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - first
-    return rank
+    place = torch.arange(len(groups), device=order.device) - first
+    return torch.empty_like(order).scatter_(-1, order, place)
 
 
 def max_within(values: Tensor, groups: Tensor) -> Tensor:
-    """The largest value of each value's group: [M] from values [M] and groups [M] int64, without synchronisation."""
+    """The largest value of each value's group, [..., M]; arguments as for :func:`rank_within`."""
     order, first = _order_within(values, groups)
-    largest = torch.empty_like(values)
-    largest[order] = values[order[first]]
-    return largest
+    largest = values.gather(-1, order.gather(-1, first))
+    return torch.empty_like(values).scatter_(-1, order, largest)
 
 
 def _order_within(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """Indices that sort by group, then by falling value, and for each place where its group starts."""
     order = torch.argsort(values.detach(), descending=True, stable=True)
-    order = order[torch.argsort(groups[order], stable=True)]
+    order = order.gather(-1, torch.argsort(groups[order], stable=True))
     grouped = groups[order]
     return order, torch.searchsorted(grouped, grouped)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ops.boxes import AREA_EPSILON
 from structures import Prediction, Targets
@@ -151,12 +152,15 @@ def pairwise_cost(cost: Cost, prediction: Prediction, targets: Targets) -> Tenso
     logits, boxes = prediction
     num_layers, num_images, num_queries, _ = logits.shape
     with torch.autocast(logits.device.type, enabled=False):
-        labels = pad_sequence(list(targets.labels.split(targets.counts)), batch_first=True)
-        target_boxes = pad_sequence(list(targets.boxes.float().split(targets.counts)), batch_first=True)
-        max_targets = labels.shape[1]
+        counts = np.array(targets.counts)[:, None]
+        max_targets = int(counts.max(initial=0))
         result = logits.new_empty((num_layers, num_images, max_targets, num_queries), dtype=torch.float32)
         if result.numel() == 0:
             return result
+        # Row by row the targets of each image; those of the images after it beyond its own number.
+        rows = np.minimum(np.cumsum(counts)[:, None] - counts + np.arange(max_targets), counts.sum() - 1)
+        index = to_device(rows, logits.device)
+        labels, target_boxes = targets.labels[index], targets.boxes.float()[index]
         elements = _CHUNK_ELEMENTS.get(logits.device.type, _DEFAULT_CHUNK_ELEMENTS)
         step = max(1, elements // (num_images * max_targets * num_queries))
         for first in range(0, num_layers, step):
@@ -167,6 +171,14 @@ def pairwise_cost(cost: Cost, prediction: Prediction, targets: Targets) -> Tenso
                 entries.mul_(cost.classification).add_(distance, alpha=cost.bbox).sub_(giou, alpha=cost.giou)
             )
         return result
+
+
+def to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    """A copy of whole numbers on a device, for which the host does not wait."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":  # only from pinned memory is the copy queued
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _entries(values: Tensor, labels: Tensor) -> Tensor:
@@ -185,9 +197,8 @@ def _box_terms(boxes: Tensor, target_boxes: Tensor) -> tuple[Tensor, Tensor]:
     planes = boxes.movedim(-1, 0).unsqueeze(-2).contiguous()  # [4, l, B, 1, Q]: queries contiguous
     target_planes = target_boxes.movedim(-1, 0).unsqueeze(-1)  # [4, B, G, 1]
     distances, overlaps, enclosings = [], [], []
-    for centre, extent in ((0, 2), (1, 3)):
-        offset = (planes[centre] - target_planes[centre]).abs_()
-        half, target_half = planes[extent] * 0.5, target_planes[extent] * 0.5
+    for axis, (half, target_half) in enumerate(zip(planes[2:] * 0.5, target_planes[2:] * 0.5, strict=True)):
+        offset = (planes[axis] - target_planes[axis]).abs_()
         difference = (half - target_half).abs_()
         distances.append(offset.add(difference, alpha=2))
         # Into the buffers that are read here for the last time: these tensors are the largest of the criterion.

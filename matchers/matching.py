@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from matchers.assignment import assign
-from matchers.cost import Cost, pairwise_cost
+from matchers.cost import Cost, pairwise_cost, to_device
 from structures import Matches, Prediction, QueryGroup, Targets
 
 _UNWANTED = 1e6
@@ -103,7 +103,7 @@ def match_groups(
         table[3] += first_target[table[1]]
         tables.append(table)
     device = next(iter(groups.values())).prediction.logits.device
-    parts = _to_device(np.concatenate(tables, axis=1), device).split([table.shape[1] for table in tables], dim=1)
+    parts = to_device(np.concatenate(tables, axis=1), device).split([table.shape[1] for table in tables], dim=1)
     return {name: Matches(*part.unbind(0)) for name, part in zip(wanted, parts[1:], strict=True)}
 
 
@@ -177,10 +177,3 @@ def _to_host(*lists: list[Tensor]) -> list[list[NDArray[np.float32]]]:
         return [[tensor.numpy() for tensor in part] for part in lists]
     flat = iter(torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([t.numel() for t in tensors]))
     return [[next(flat).view(tensor.shape).numpy() for tensor in part] for part in lists]
-
-
-def _to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":  # from pinned memory the copy is queued, and the host does not wait for it
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

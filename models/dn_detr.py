@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.dab_detr import DABDETR, DABDETRConfig
@@ -102,7 +104,9 @@ class Restoration(DenoisingGenerator):
         """The same number of groups for any number of targets."""
         return self.config.groups
 
-    def _noised_boxes(self, boxes: Tensor, positive: Tensor, noise: Tensor) -> Tensor:
-        sign = torch.where(noise[..., 4:8] < 0.5, -1.0, 1.0)
-        reach = boxes[..., 2:].repeat(1, 1, 2) * boxes.new_tensor([0.5, 0.5, 1.0, 1.0])
-        return (boxes + sign * noise[..., :4] * reach * self.config.box_noise).clamp(1e-3, 1 - 1e-3)
+    def _shifts(self, noise: NDArray[np.float32], positive: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """[B, N, 4] by how many widths and heights centre and size change."""
+        return super()._shifts(noise, positive) * np.array([1, 1, 2, 2], dtype=np.float32)
+
+    def _noised_boxes(self, boxes: Tensor, shift: Tensor) -> Tensor:
+        return (boxes + shift * boxes[..., 2:].repeat(1, 1, 2)).clamp(1e-3, 1 - 1e-3)

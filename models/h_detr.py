@@ -68,9 +68,10 @@ class HDETR(DeformableDETR):
         content = self.query_content.weight[: boxes.shape[1]].expand(boxes.shape[0], -1, -1)
         mask = apart(boxes.shape[1], first, boxes.device) if self.training else None
         prediction = self.decode(content, position, boxes, memory, mask)
-        groups = {"encoder": proposals, "decoder": QueryGroup(prediction.queries(slice(first)))}
+        prediction, one_to_many = prediction.split(first)
+        groups = {"encoder": proposals, "decoder": QueryGroup(prediction)}
         if self.training:
-            groups["one_to_many"] = QueryGroup(prediction.queries(slice(first, None)))
+            groups["one_to_many"] = QueryGroup(one_to_many)
         return DetectorOutputs(groups)
 
 

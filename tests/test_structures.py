@@ -57,6 +57,9 @@ def test_the_result_is_the_last_layer_of_the_decoder_wherever_it_is_listed():
         result = DetectorOutputs(groups).result
         assert torch.equal(result.logits, layers.logits[2])
         assert torch.equal(result.boxes, layers.boxes[2])
-    some = layers.queries(slice(1, 3))
-    assert torch.equal(some.logits, layers.logits[:, :, 1:3])
-    assert torch.equal(some.boxes, layers.boxes[:, :, 1:3])
+    for at in (0, 3, 5, 7):
+        first, others = layers.split(at)
+        assert torch.equal(first.logits, layers.logits[:, :, :at])
+        assert torch.equal(first.boxes, layers.boxes[:, :, :at])
+        assert torch.equal(others.logits, layers.logits[:, :, at:])
+        assert torch.equal(others.boxes, layers.boxes[:, :, at:])

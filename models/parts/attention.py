@@ -215,11 +215,9 @@ def _attend(module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Te
 
 def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask, True where a row may look, as numbers to be added to attention logits: once instead of in every layer."""
-    return (
-        None
-        if mask is None
-        else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    )
+    if mask is None:
+        return None
+    return torch.full(mask.shape, -torch.inf, dtype=dtype, device=mask.device).masked_fill_(mask, 0)
 
 
 def _pixels_inside(memory: Memory) -> Tensor:

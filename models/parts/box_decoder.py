@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.parts.attention import as_bias
-from models.parts.heads import PredictionHeads, predict, refine_boxes
+from models.parts.heads import PredictionHeads, classify, refine_boxes, regress
 from models.parts.layers import MLP, Decoder, DecoderLayer
 from models.parts.memory import Memory
 from models.parts.multi_scale import PublishedDetails
@@ -55,19 +55,24 @@ class BoxDecoder(Decoder):
             Logits [L, B, Q, C] and boxes [L, B, Q, 4] of all layers, float32.
         """
         contents, references, mask = [], [], as_bias(mask, content.dtype)
-        previous = boxes  # with the gradient of the layer before, for look-forward-twice
         for index, head in enumerate(heads):
             content = self.look(index, content, boxes, memory, mask)
             contents.append(content)
-            references.append(previous)
+            references.append(boxes)
             if index + 1 < len(heads):
                 # The published models refine with the features before the last normalisation, but predict with those
                 # after it; with weights trained that way it makes a difference.
-                refined = refine_boxes(boxes, head.regress(content))
-                boxes = refined.detach()
-                previous = refined if self.look_forward_twice else boxes
-        logits, changes = predict(heads, self.norm(torch.stack(contents)))
-        return Prediction(logits, refine_boxes(torch.stack(references), changes, self.published.prediction_eps))
+                with torch.no_grad():
+                    boxes = refine_boxes(boxes, head.regress(content))
+        features, reference = torch.stack(contents), torch.stack(references)
+        normed = self.norm(features)
+        if self.look_forward_twice and torch.is_grad_enabled():
+            # What refined the boxes, once more with its gradient: of all layers at once it takes few operations.
+            changes, refining = regress(heads, torch.cat([normed, features], dim=1)).chunk(2, dim=1)
+            reference = torch.cat([reference[:1], refine_boxes(reference, refining)[:-1]])
+        else:
+            changes = regress(heads, normed)
+        return Prediction(classify(heads, normed), refine_boxes(reference, changes, self.published.prediction_eps))
 
     def look(self, index: int, content: Tensor, boxes: Tensor, memory: Memory, mask: Tensor | None) -> Tensor:
         """Content [B, Q, embed_dim] of the queries after layer ``index``."""

@@ -62,10 +62,9 @@ class DenoisingQueries(NamedTuple):
 
     def split(self, prediction: Prediction) -> tuple[QueryGroup, Prediction]:
         """The supervised group of these queries, and the prediction of those that came after them."""
-        at = self.boxes.shape[1]
-        noised = prediction.queries(slice(None, at))
-        group = QueryGroup(noised, self.matches, image_scale=1 / self.num_groups, valid=self.groups >= 0)
-        return group, prediction.queries(slice(at, None))
+        noised, others = prediction.split(self.boxes.shape[1])
+        scale = self.num_groups.reciprocal()
+        return QueryGroup(noised, self.matches, image_scale=scale, valid=self.groups >= 0), others
 
 
 class _Layout(NamedTuple):
@@ -118,24 +117,26 @@ class DenoisingGenerator(nn.Module):
             )
         )
         # Four magnitudes, four signs, one draw that decides about the label, one that picks it: in [0, 1).
-        noise = torch.full((len(layouts), longest, 10), 0.5)
+        noise = np.full((len(layouts), longest, 10), 0.5, dtype=np.float32)
         for row, own, generator in zip(noise, layouts, generators, strict=True):
-            torch.rand(len(own.group), 10, generator=generator, out=row[: len(own.group)])
+            row[: len(own.group)] = torch.rand(len(own.group), 10, generator=generator).numpy()
+        redrawn = np.minimum((noise[..., 9] * self.num_classes).astype(np.int64), self.num_classes - 1)
+        redrawn[noise[..., 8] >= self.config.redrawn_labels] = -1
         image, query = layout.positive.nonzero()
         layer = np.arange(num_layers).repeat(len(image))
         repeated = (np.tile(part, num_layers) for part in (image, query, layout.target[layout.positive]))
         num_groups = 1 + layout.group.max(axis=1, initial=0)
         # Two copies to the device, of whole numbers and of others.
         indices = np.concatenate(
-            [part.reshape(-1) for part in (layer, *repeated, layout.target, layout.group, layout.positive, num_groups)]
+            [part.reshape(-1) for part in (layer, *repeated, layout.target, layout.group, redrawn, num_groups)]
         )
         matched, shape = len(layer), layout.group.shape
         sizes = [matched] * 4 + [layout.group.size] * 3 + [len(layouts)]
-        *matches, target, group, positive, count = torch.from_numpy(indices).to(device, non_blocking=True).split(sizes)
-        noise = noise.to(device, non_blocking=True)
-        target, positive = target.view(shape), positive.view(shape)
-        content = self.embed(self._noised_labels(targets.labels[target], noise[..., 8], noise[..., 9]))
-        boxes = self._noised_boxes(targets.boxes[target], positive, noise)
+        *matches, target, group, label, count = torch.from_numpy(indices).to(device, non_blocking=True).split(sizes)
+        shift = torch.from_numpy(self._shifts(noise, layout.positive)).to(device, non_blocking=True)
+        target, label = target.view(shape), label.view(shape)
+        content = self.embed(torch.where(label < 0, targets.labels[target], label))
+        boxes = self._noised_boxes(targets.boxes[target], shift)
         return DenoisingQueries(content, boxes, group.view(shape), Matches(*matches), count.float())
 
     def embed(self, labels: Tensor) -> Tensor:
@@ -159,18 +160,15 @@ class DenoisingGenerator(nn.Module):
             positive=np.tile(np.repeat(self.signs, kept), num_groups),
         )
 
-    def _noised_labels(self, labels: Tensor, decision: Tensor, draw: Tensor) -> Tensor:
-        random = (draw * self.num_classes).long().clamp(max=self.num_classes - 1)
-        return torch.where(decision < self.config.redrawn_labels, random, labels)
+    def _shifts(self, noise: NDArray[np.float32], positive: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """[B, N, 4] by how many widths and heights of its box each corner moves; of negatives by more."""
+        magnitude = noise[..., :4] + ~positive[..., None]
+        return np.where(noise[..., 4:8] < 0.5, -magnitude, magnitude) * np.float32(self.config.box_noise / 2)
 
-    def _noised_boxes(self, boxes: Tensor, positive: Tensor, noise: Tensor) -> Tensor:
-        """Shift both corners; negatives by more than positives."""
-        size = boxes[..., 2:]
-        magnitude = noise[..., :4] + (1 - positive)[..., None]
-        sign = torch.where(noise[..., 4:8] < 0.5, -1.0, 1.0)
-        shift = sign * magnitude * (size / 2).repeat(1, 1, 2) * self.config.box_noise
-        noised = xyxy_to_cxcywh((cxcywh_to_xyxy(boxes) + shift).clamp(0, 1))
-        return inverse_sigmoid(noised, 1e-3).sigmoid()
+    def _noised_boxes(self, boxes: Tensor, shift: Tensor) -> Tensor:
+        """Shift both corners."""
+        corners = cxcywh_to_xyxy(boxes) + shift * boxes[..., 2:].repeat(1, 1, 2)
+        return inverse_sigmoid(xyxy_to_cxcywh(corners.clamp(0, 1)).clamp(min=0), 1e-3).sigmoid()
 
 
 def attention_mask(groups: Tensor, num_queries: int) -> Tensor:

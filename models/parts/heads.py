@@ -51,21 +51,22 @@ class PredictionHeads(PlainHeads):
         nn.init.constant_(last.bias[2:], log_size)
 
 
-def predict(heads: Sequence[PlainHeads], features: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [L, B, Q, C] and changes of boxes [L, B, Q, 4] from features [L, B, Q, embed_dim] and each layer's heads.
-
-    Heads that all layers share are called once.
-    """
+def classify(heads: Sequence[PlainHeads], features: Tensor) -> Tensor:
+    """Logits [L, B, Q, C] from features [L, B, Q, embed_dim] and each layer's heads; shared ones are called once."""
     if all(head is heads[0] for head in heads):
-        return heads[0].classify(features), heads[0].regress(features)
-    layers = list(zip(heads, features.unbind(0), strict=True))
-    logits = torch.stack([head.classify(layer) for head, layer in layers])
-    return logits, torch.stack([head.regress(layer) for head, layer in layers])
+        return heads[0].classify(features)
+    return torch.stack([head.classify(layer) for head, layer in zip(heads, features.unbind(0), strict=True)])
+
+
+def regress(heads: Sequence[PlainHeads], features: Tensor) -> Tensor:
+    """Changes of boxes [L, B, Q, 4] from features [L, B, Q, embed_dim], likewise."""
+    if all(head is heads[0] for head in heads):
+        return heads[0].regress(features)
+    return torch.stack([head.regress(layer) for head, layer in zip(heads, features.unbind(0), strict=True)])
 
 
 def inverse_sigmoid(values: Tensor, eps: float) -> Tensor:
     """Logit of values in [0, 1], kept finite by clamping numerator and denominator to ``eps``."""
-    values = values.clamp(0, 1)
     return torch.log(values.clamp(min=eps) / (1 - values).clamp(min=eps))
 
 

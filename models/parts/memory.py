@@ -91,7 +91,7 @@ def level_valid_sizes(
     """
     # Rounded up; of whole numbers that the device has already, or they would be copied in every step.
     pixels = image_sizes[:, None] * grid(spatial_shapes, image_sizes.device).sizes
-    height, width = ((pixels[..., axis] + padded_size[axis] - 1) // padded_size[axis] for axis in (0, 1))
+    height, width = ((pixels[..., axis] + (padded_size[axis] - 1)) // padded_size[axis] for axis in (0, 1))
     return torch.stack([height, width], dim=-1)
 
 

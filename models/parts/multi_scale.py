@@ -81,7 +81,7 @@ class MultiScaleDetector(Detector):
         """The encoder alone: from maps [B, embed_dim, h, w] on, nothing depends on what lies in the padding."""
         shapes = tuple((level.shape[-2], level.shape[-1]) for level in levels)
         features = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
-        embeddings = [self.level_embedding[i].expand(height * width, -1) for i, (height, width) in enumerate(shapes)]
+        embeddings = [own.expand(h * w, -1) for own, (h, w) in zip(self.level_embedding, shapes, strict=True)]
         encoded = self.config.position_encoding(shapes, valid_sizes, self.config.embed_dim)
         positions = (encoded + torch.cat(embeddings)).to(features.dtype)
         return self.encoder(Memory(features, positions, pixel_centres(shapes, valid_sizes), shapes, valid_sizes))

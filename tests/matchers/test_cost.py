@@ -125,7 +125,8 @@ def test_large_batches_are_computed_in_chunks(monkeypatch, kind):
     prediction, targets = decoder_case(2, (5, 2), num_layers=4)
     whole = kind()(prediction, targets)
     monkeypatch.setitem(cost_module._CHUNK_ELEMENTS, "cpu", 1)
-    torch.testing.assert_close(kind()(prediction, targets), whole, rtol=0, atol=0)
+    real = torch.arange(5) < torch.tensor(targets.counts)[:, None]
+    torch.testing.assert_close(kind()(prediction, targets)[:, real], whole[:, real], rtol=0, atol=0)
 
 
 @every_cost
