@@ -95,8 +95,8 @@ def ours(cfg: config.Config, batch: Batch, infer: bool, dtype: str) -> Call:
 
     def train() -> object:
         norm, _ = step.backward([batch], size)
-        step.update()
-        return float(norm)
+        step.update(norm)
+        return norm
 
     return train
 

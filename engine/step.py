@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -101,6 +102,23 @@ def clip_gradients(parameters: Iterable[Tensor], clip_norm: float | None) -> Ten
     return nn.utils.clip_grad_norm_(parameters, float("inf") if clip_norm is None else clip_norm)
 
 
+class OnHost:
+    """A number of the device's on its way to the host: reading it does not wait for what the device was given since."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self._copy = value.detach().to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if value.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> float:
+        """The number, once it has arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._copy.numpy())
+
+
 class OptimizerStep:
     """Forward, backward and update for the micro-batches of one optimizer step."""
 
@@ -169,16 +187,21 @@ class OptimizerStep:
         self.scaler.unscale_(self.optimizer)
         return clip_gradients(self.parameters, self.clip_norm), losses
 
-    def update(self) -> None:
-        """Move the weights along the gradients."""
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+    def update(self, norm: Tensor) -> None:
+        """Move the weights along the gradients, unless their norm is not finite; a loss scale then goes down.
 
-    def skip(self) -> None:
-        """Leave the weights as they are; a loss scale goes down."""
+        A fused optimizer decides that on the device, so that the host need not wait; for others, and where a loss
+        scale changes, the host does.
+        """
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled():
+            # As torch's loss scaler tells it. The difference is 0, or NaN.
+            self.optimizer.found_inf = (norm - norm).ne(0).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+            return
+        if math.isfinite(float(norm)):
+            self.scaler.step(self.optimizer)
         if self.scaler.is_enabled():
             self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
         if last or not isinstance(self.model, DistributedDataParallel):

@@ -22,10 +22,10 @@ from engine.loaders import TrainLoader
 from engine.optimizer import Schedule, load_optimizer_state, set_learning_rate
 from engine.pictures import draw_curves
 from engine.run_log import Progress, Records, summarise_metrics
-from engine.runs.faults import NonFiniteSteps
+from engine.runs.faults import NonFiniteSteps, TakenStep
 from engine.runs.run_directory import CURVES, METRICS, PREDICTIONS, forget_after
 from engine.runs.signals import STOPPING, Interrupted, StopRequest
-from engine.step import OptimizerStep, seed_step
+from engine.step import OnHost, OptimizerStep, seed_step
 from engine.trainer_config import TrainerConfig
 from structures import Batch, BatchSize
 
@@ -85,11 +85,15 @@ class Trainer:
         self.record: dict[str, Any] = {}
         self._going_back = False
         self.faults = NonFiniteSteps(directory, self.identity, seed, config.max_nonfinite_steps)
+        self._taken: TakenStep | None = None
+        self._norm = math.nan
+        self._progress = Progress(self.total_steps, self.steps_per_epoch, step.device)
 
     # ------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on exactly; random state is a function of seed, rank and step."""
+        self._settle()
         return {
             **self.identity,
             "weights": self.optimizer_step.module.state_dict(),
@@ -189,7 +193,6 @@ class Trainer:
                 records.close()
 
     def _run(self, stop: StopRequest, records: Records | None) -> Iterator[tuple[list[Batch], BatchSize]]:
-        progress = Progress(self.total_steps, self.steps_per_epoch, self.optimizer_step.device)
         if self.step >= self.total_steps:
             log.info("step %d of %d: nothing is left to train", self.step, self.total_steps)
         if self._evaluation_due():
@@ -205,13 +208,13 @@ class Trainer:
             paused = time.perf_counter()
             yield batches, size
             began += time.perf_counter() - paused
-            norm = self._train_step(batches, size, progress)
-            progress.end_step(self.batch_size, time.perf_counter() - began, waited)
+            self._train_step(batches, size)
+            self._progress.end_step(self.batch_size, time.perf_counter() - began, waited)
             self.step += 1
             if self.step % TRIM_EVERY == 0:
                 return_free_memory()
             if self.step % self.config.log_every == 0 or self.step == self.total_steps:
-                self._record(progress, norm, records)
+                self._record(records)
             if self._evaluation_due():
                 self._evaluate(stop, records)
             elif self.step % self.config.checkpoint_every == 0:
@@ -237,26 +240,45 @@ class Trainer:
                 raise Interrupted(number, self.step)
         return total
 
-    def _train_step(self, batches: list[Batch], size: BatchSize, progress: Progress) -> float:
-        """Take one step, or skip it where it is not finite; returns the gradient norm before clipping."""
+    def _train_step(self, batches: list[Batch], size: BatchSize) -> None:
+        """Take one step.
+
+        Whether a gradient was finite is asked once that of the next step is computed, or before anything else looks at
+        the state: until then the host would wait for the device.
+        """
         step = self.optimizer_step
         set_learning_rate(step.optimizer, self.schedule.factor(self.step, self.steps_per_epoch))
-        seed_step(self.seed, distributed.rank(), self.step)
-        self.faults.remember_buffers(step.module)
-        gradient_norm, losses = step.backward(batches, size)
-        norm = float(gradient_norm)
-        if not math.isfinite(norm):
-            self.faults.handle(step, self.step, batches, size, losses)
-            return norm
-        step.update()
-        if self.average is not None:
-            self.average.update(step.module)
-        progress.add_losses(losses)
-        return norm
+        taken = self._gradients(batches, size)
+        if not self._settle():  # which took the step before out of the buffers, and this one out of the gradients
+            taken = self._gradients(batches, size)
+        step.update(taken.norm.value)
+        self._taken = taken
 
-    def _record(self, progress: Progress, norm: float, records: Records | None) -> None:
-        self.record = record = progress.summarise(self.step)
-        record["grad_norm"] = norm
+    def _gradients(self, batches: list[Batch], size: BatchSize) -> TakenStep:
+        step = self.optimizer_step
+        seed_step(self.seed, distributed.rank(), self.step)
+        buffers, scale = self.faults.buffers(step.module), float(step.scaler.get_scale())
+        norm, losses = step.backward(batches, size)
+        return TakenStep(self.step, batches, size, losses, scale, buffers, OnHost(norm))
+
+    def _settle(self) -> bool:
+        """Count the last step, or make it as if it had not been; returns whether it was finite."""
+        taken, self._taken = self._taken, None
+        if taken is None:
+            return True
+        self._norm = taken.norm.read()
+        if not math.isfinite(self._norm):
+            self.faults.handle(self.optimizer_step, taken)
+            return False
+        if self.average is not None:
+            self.average.update(self.optimizer_step.module)
+        self._progress.add_losses(taken.losses)
+        return True
+
+    def _record(self, records: Records | None) -> None:
+        self._settle()
+        self.record = record = self._progress.summarise(self.step)
+        record["grad_norm"] = self._norm
         groups = self.optimizer_step.optimizer.param_groups
         record["lr"] = max(group["lr"] for group in groups)
         record["lrs"] = {group["name"]: group["lr"] for group in groups}
@@ -265,7 +287,7 @@ class Trainer:
         record["counters"] = {**self.faults.counters, "skipped_images": skipped, "worker_restarts": restarts}
         # What went wrong so far is on every line from then on.
         troubles = [f"  {name.replace('_', ' ')} {count}" for name, count in record["counters"].items() if count]
-        log.info("%s%s", progress.line(self.step, record), "".join(troubles))
+        log.info("%s%s", self._progress.line(self.step, record), "".join(troubles))
         if records is not None:
             records.write("train", self.step, record)
 
@@ -314,6 +336,7 @@ class Trainer:
 
     def _save(self, *, best: bool = False) -> None:
         """Write a checkpoint; a failure on the writing process stops all of them."""
+        self._settle()
         with distributed.agreed_errors():
             if distributed.is_main():
                 checkpoint.write(self.directory, self.state_dict(), best=best)

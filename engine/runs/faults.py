@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engine import distributed
 from engine.runs.diagnosis import StepRecord
-from engine.step import OptimizerStep
+from engine.step import OnHost, OptimizerStep
 from structures import Batch, BatchSize, LossOutput
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,25 @@ MAX_DUMPS = 3
 
 class DivergedError(RuntimeError):
     """Training stopped because a loss or gradient was not finite; the message says where it began."""
+
+
+class TakenStep(NamedTuple):
+    """A step of which it is not known yet whether it was finite; if it was not, the weights are still those it met."""
+
+    step: int
+    """0-based."""
+    batches: list[Batch]
+    """This process's micro-batches."""
+    size: BatchSize
+    """Of the global batch."""
+    losses: Sequence[LossOutput]
+    """Of each micro-batch."""
+    scale: float
+    """Of the loss, in fp16."""
+    buffers: list[Tensor]
+    """Of the model before the step, such as running statistics; empty where a step that is not finite ends the run."""
+    norm: OnHost
+    """Of the gradient, before clipping."""
 
 
 class NonFiniteSteps:
@@ -39,55 +58,41 @@ class NonFiniteSteps:
         self.directory, self.identity, self.seed, self.allowed = directory, identity, seed, allowed
         self.counters = {"nonfinite_steps": 0, "overflows": 0}
         self._dumps = 0
-        self._buffers: list[Tensor] = []
 
-    def remember_buffers(self, model: nn.Module) -> None:
-        """Called before each step: a forward pass writes running statistics, which a bad one would spoil for good."""
-        if self.allowed:
-            self._buffers = [buffer.clone() for buffer in model.buffers()]
+    def buffers(self, model: nn.Module) -> list[Tensor]:
+        """For ``TakenStep``: a forward pass writes running statistics, which a bad one would spoil for good."""
+        return [buffer.clone() for buffer in model.buffers()] if self.allowed else []
 
-    def _restore_buffers(self, model: nn.Module) -> None:
-        if self._buffers:
-            with torch.no_grad():
-                for buffer, before in zip(model.buffers(), self._buffers, strict=True):
-                    buffer.copy_(before)
-
-    def handle(
-        self,
-        optimizer_step: OptimizerStep,
-        step: int,
-        batches: list[Batch],
-        size: BatchSize,
-        losses: Sequence[LossOutput],
-    ) -> None:
-        """Skip the step; called by all processes together.
+    def handle(self, optimizer_step: OptimizerStep, taken: TakenStep) -> None:
+        """Make a step that was not finite as if it had not been, and clear the gradients; by all processes together.
 
         Raises:
             DivergedError: if it is one more than allowed.
         """
-        scale = float(optimizer_step.scaler.get_scale())
-        finite = all(distributed.gather(all(bool(torch.isfinite(loss.total)) for loss in losses)))
-        if optimizer_step.scaler.is_enabled() and scale > 1 and finite:
+        finite = all(distributed.gather(all(bool(torch.isfinite(loss.total)) for loss in taken.losses)))
+        if optimizer_step.scaler.is_enabled() and taken.scale > 1 and finite:
             # Only the gradients overflow: ordinary life in fp16 while the loss scale finds its level.
             self.counters["overflows"] += 1
             count = self.counters["overflows"]
-            log.info("step %d: gradients overflow at loss scale %g, skipped (%d so far)", step, scale, count)
-            optimizer_step.skip()
+            log.info(
+                "step %d: gradients overflow at loss scale %g, skipped (%d so far)", taken.step, taken.scale, count
+            )
+            optimizer_step.optimizer.zero_grad(set_to_none=True)
             return
-        record = StepRecord(self.seed, distributed.rank(), step, batches, size, optimizer_step.precision, scale)
-        found = self._investigate(optimizer_step, record)
-        optimizer_step.skip()
+        found = self._investigate(optimizer_step, taken)
         self.counters["nonfinite_steps"] += 1
         message = f"loss or gradient is not finite: {found}"
         if self.counters["nonfinite_steps"] > self.allowed:
             raise DivergedError(message)
         log.warning("%s; skipped, %d of %d", message, self.counters["nonfinite_steps"], self.allowed)
 
-    def _investigate(self, optimizer_step: OptimizerStep, record: StepRecord) -> str:
+    def _investigate(self, optimizer_step: OptimizerStep, taken: TakenStep) -> str:
         """Run the step again, keep it where it went bad, and say what was found on which processes."""
-        self._restore_buffers(optimizer_step.module)
+        step, batches, size, _, scale, buffers, _ = taken
+        record = StepRecord(self.seed, distributed.rank(), step, batches, size, optimizer_step.precision, scale)
+        _restore(optimizer_step.module, buffers)
         diagnosis = record.run_again(optimizer_step.module, optimizer_step.criterion, optimizer_step.device)
-        self._restore_buffers(optimizer_step.module)
+        _restore(optimizer_step.module, buffers)
         begun_here = not diagnosis.is_finite
         # The others have only received the gradients. If nobody finds anything, everybody keeps the step.
         begun_somewhere = any(distributed.gather(begun_here))
@@ -102,3 +107,9 @@ class NonFiniteSteps:
             except OSError as error:
                 text += f" (cannot keep it: {distributed.describe_error(error)})"
         return "; ".join(part for part in distributed.gather(text if concerned else "") if part)
+
+
+def _restore(model: nn.Module, buffers: list[Tensor]) -> None:
+    with torch.no_grad():
+        for buffer, before in zip(model.buffers(), buffers, strict=bool(buffers)):
+            buffer.copy_(before)

@@ -1,8 +1,10 @@
 """Losses and gradients that are not finite: traced, kept, and run again; skipped up to a limit."""
 
 import json
+import math
 import re
 import resource
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,27 @@ import torch
 from test_exactness import assert_identical, last
 from tiny_training import Options, TinyDetector, build, criterion, decoder_outputs, make_batch, map_pixels, train
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from training_processes import run_processes
 
+from benchmarks.step import Dispatched
 from engine.runs.diagnosis import StepRecord, diagnose
-from engine.runs.faults import MAX_DUMPS, DivergedError
-from engine.step import OptimizerStep
-from structures import BatchSize, DetectorOutputs, Images, LossOutput, Targets
+from engine.runs.faults import MAX_DUMPS, DivergedError, TakenStep
+from engine.runs.signals import StopRequest
+from engine.step import OnHost, OptimizerStep
+from structures import Batch, BatchSize, DetectorOutputs, Images, LossOutput, Targets
 
 CPU = torch.device("cpu")
 TWO_IMAGES = BatchSize(num_targets=3, num_images=2)
+
+
+def taken(step: int, batch: Batch, losses: Sequence[LossOutput] = ()) -> TakenStep:
+    """A step on two images that was not finite."""
+    return TakenStep(step, [batch], TWO_IMAGES, losses, 1.0, [], OnHost(torch.tensor(math.nan)))
+
+
+def nan_as_zero(value: Any) -> Any:
+    return torch.nan_to_num(value) if isinstance(value, Tensor) else 0.0 if value != value else value
 
 
 def test_non_finite_image_stops_training_with_its_origin(tmp_path: Path) -> None:
@@ -84,12 +98,59 @@ def test_skipped_steps_are_counted_and_leave_the_weights_alone(tmp_path: Path, b
         train(replace(options, steps=14, nan_at=12, resume="auto"))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("nan_at", [5, 6])
+def test_a_bad_step_that_is_found_late_leaves_what_it_leaves_when_found_at_once(
+    tmp_path: Path, nan_at: int, optimizer: str
+) -> None:
+    """Without a line of progress after every step, the next one is computed before the host asks."""
+    runs = {}
+    for log_every in (1, 4):
+        options = Options(
+            directory=str(tmp_path / f"every{log_every}"),
+            nan_at=nan_at,
+            max_nonfinite_steps=1,
+            batch_norm=True,
+            log_every=log_every,
+            optimizer=optimizer,
+            accumulation_steps=2,
+        )
+        train(options)
+        state = dict(last(options.directory))
+        dump = torch.load(f"{options.directory}/nonfinite_step{nan_at}_rank0.pth", weights_only=True)
+        lines = (Path(options.directory) / "metrics.jsonl").read_text().splitlines()
+        records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+        runs[log_every] = state, dump, {record["step"]: record for record in records}
+    (state, dump, each), (late, late_dump, fourth) = runs[1], runs[4]
+    assert_identical(late, state)
+    assert_identical(*(tree_map(nan_as_zero, found) for found in (late_dump, dump)))
+    for step in (4, 8, 12):
+        steps = [each[taken] for taken in range(step - 3, step + 1) if taken != nan_at + 1]
+        assert fourth[step]["loss"] == pytest.approx(sum(record["loss"] for record in steps) / len(steps))
+        assert fourth[step]["counters"] == each[step]["counters"]
+        assert fourth[step]["grad_norm"] == each[step]["grad_norm"]
+
+
+def test_a_step_asks_nothing_of_the_device(tmp_path: Path) -> None:
+    trainer = build(Options(directory=str(tmp_path / "run"), log_every=100, checkpoint_every=100, ema_decay=None))
+    Path(tmp_path / "run").mkdir()
+    with StopRequest() as stop:
+        steps = trainer.steps(stop)
+        next(steps)
+        with Dispatched() as seen:
+            for _ in range(3):
+                next(steps)
+        steps.close()
+    assert seen.operations["_fused_adamw_"] == 6, "of two groups of parameters, in three steps"
+    assert seen.reads == 0
+
+
 def test_dumps_are_bounded(tmp_path: Path) -> None:
     trainer = build(Options(directory=str(tmp_path), max_nonfinite_steps=100))
     batch = make_batch([1, 2])
     batch = map_pixels(batch, lambda pixels: pixels * float("inf"))
     for step in range(MAX_DUMPS + 2):
-        trainer.faults.handle(trainer.optimizer_step, step, [batch], TWO_IMAGES, [])
+        trainer.faults.handle(trainer.optimizer_step, taken(step, batch))
     assert len(list(tmp_path.glob("nonfinite_*.pth"))) == MAX_DUMPS
 
 
@@ -101,7 +162,7 @@ def test_full_disk_leaves_the_diagnosis_and_no_half_dump(tmp_path: Path) -> None
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
         with pytest.raises(DivergedError, match=r"first bad layer backbone.*cannot keep it: File too large"):
-            trainer.faults.handle(trainer.optimizer_step, 4, [batch], TWO_IMAGES, [])
+            trainer.faults.handle(trainer.optimizer_step, taken(4, batch))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
@@ -206,4 +267,4 @@ def test_persistent_overflow_in_half_precision_stops(tmp_path: Path) -> None:
     huge = map_pixels(batch, lambda pixels: pixels * 1e30)
     _, losses = step.backward([huge], TWO_IMAGES)
     with pytest.raises(DivergedError):
-        trainer.faults.handle(step, 5, [huge], TWO_IMAGES, losses)
+        trainer.faults.handle(step, taken(5, huge, losses))

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import distributed, run_log
-from engine.optimizer import CosineSchedule, OptimizerConfig, Schedule, StepSchedule
+from engine.optimizer import CosineSchedule, OptimizerConfig, Schedule, SGDConfig, StepSchedule
 from engine.runs import session
 from engine.runs.signals import Interrupted
 from engine.step import OptimizerStep, configure_device
@@ -143,6 +143,8 @@ class Options:
     batch_norm: bool = False
     ema_decay: float | None = 0.99
     checkpoint_every: int = 4
+    log_every: int = 1
+    optimizer: str = "adamw"
     eval_every_steps: int | None = None
     max_nonfinite_steps: int = 0
     cosine: bool = True
@@ -188,12 +190,13 @@ def build(options: Options) -> Trainer:
     configure_device(device)
     torch.manual_seed(options.seed)
     model = TinyDetector(dropout=options.dropout, batch_norm=options.batch_norm)
-    optimizer = OptimizerConfig(lr=1e-2, clip_norm=1.0)
+    kind = OptimizerConfig if options.optimizer == "adamw" else SGDConfig
+    optimizer = kind(lr=1e-2, clip_norm=1.0)
     config = TrainerConfig(
         precision=options.precision,  # type: ignore[arg-type]  # a Literal, out of JSON
         accumulation_steps=options.accumulation_steps,
         ema_decay=options.ema_decay,
-        log_every=1,
+        log_every=options.log_every,
         checkpoint_every=options.checkpoint_every,
         eval_every_epochs=None,
         eval_every_steps=options.eval_every_steps,

@@ -75,7 +75,7 @@ def curve(name: str, data: Path) -> dict[str, Any]:
         seed_step(cfg.seed, 0, index)
         targets = sum(sum(batch.targets.counts) for batch in batches)
         norm, losses = step.backward(batches, BatchSize(max(1, targets), cfg.data.batch_size))
-        step.update()
+        step.update(norm)
         if average is not None:
             average.update(model)
         terms = {term: sum(float(loss.terms[term]) for loss in losses) for term in losses[0].terms}
