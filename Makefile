@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install optional quickstart test test-fast lint check clean
+.PHONY: help install optional quickstart test test-all test-fast lint check clean
 
 help:
 	@echo "make quickstart   make data, train a tiny Align-DETR DINO on it, evaluate, draw (about 7 minutes on two cores)"
-	@echo "make test         the whole test suite"
+	@echo "make test         the test suite"
+	@echo "make test-all     the same and what takes too long for every change: every backbone, every detector's export"
 	@echo "make test-fast    the parts of a detector and its losses: no processes, no training runs"
 	@echo "make optional     what loggers, videos and ONNX need beside it (their tests skip without)"
 	@echo "make lint         formatting, lint and types"
@@ -44,6 +45,10 @@ quickstart: $(BIN)/.installed data/shapes/shapes.json
 
 # Two worker processes with one thread each use two cores better than one process with two threads.
 test: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not thorough"
+
+# Before a release.
+test-all: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 # What somebody who changes a loss, a matcher or a detector wants to know every few minutes.

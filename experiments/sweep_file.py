@@ -71,7 +71,8 @@ def read_sweep(path: Path) -> Sweep:
     baseline = values.get("baseline")
     if baseline is not None and not isinstance(baseline, str):
         raise ValueError(f"{path}: baseline: expected the name of a variant or key=value, found {baseline!r}")
-    if variants and baseline is not None and baseline not in variants:
+    named = [part.strip() for part in (baseline or "").split(",") if part and "=" not in part]
+    if variants and baseline is not None and not (named and set(named) <= set(variants)):
         raise ValueError(f"{path}: baseline: there is no variant '{baseline}', known: {', '.join(variants)}")
     return Sweep(
         cfg=values["cfg"],

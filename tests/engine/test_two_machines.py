@@ -111,6 +111,7 @@ def test_two_machines_equal_one(tmp_path: Path, hosts: tuple[Host, Host]) -> Non
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_machine_that_is_cut_off_ends_the_other_in_time(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
     """Nothing tells the other but time: the connection is silent."""
     directory = tmp_path / "run"
@@ -123,6 +124,7 @@ def test_a_machine_that_is_cut_off_ends_the_other_in_time(tmp_path: Path, hosts:
     assert last(directory)["position"]["step"] >= 3
 
 
+@pytest.mark.thorough
 def test_a_machine_that_dies_and_comes_back_goes_on(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
     """The other waits for it, and both go on from the last checkpoint."""
     directory = tmp_path / "run"

@@ -122,7 +122,7 @@ def test_one_of_each_kind(name, tmp_path):
     check(name, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", USABLE)
 def test_every_family(name, tmp_path):
     check(name, tmp_path)
@@ -133,7 +133,7 @@ def test_branches_are_frozen_by_their_number():
     assert {name.partition(".")[0] for name in frozen} == {"conv1", "bn1", "conv2", "bn2", "layer1", "transition1"}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_used_is_refused_in_one_line(name):
     with pytest.raises(ValueError, match=REFUSED[name]) as raised:

@@ -180,7 +180,7 @@ def test_its_configuration_survives_a_file(name):
 
 
 @pytest.mark.slow
-@every_detector
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "detr" else pytest.mark.thorough) for n in FAMILY])
 def test_it_exports(name):
     model = build(name).eval()
     deployed = export.Deployed(model, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)).eval()

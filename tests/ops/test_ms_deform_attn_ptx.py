@@ -19,10 +19,10 @@ NEWEST = newest_architecture()
 pytestmark = pytest.mark.skipif(NEWEST is None, reason="NVRTC is not installed")
 
 
-# The architecture of an H100 in every run of the tests; with the slow ones the sources' other branch, and the last
+# The architecture of an H100 in every run of the tests; with the thorough ones the sources' other branch, and the last
 # architecture that the compiler knows.
 @pytest.fixture(
-    params=[90, pytest.param(75, marks=pytest.mark.slow), pytest.param(NEWEST, marks=pytest.mark.slow)],
+    params=[90, pytest.param(75, marks=pytest.mark.thorough), pytest.param(NEWEST, marks=pytest.mark.thorough)],
     ids="sm_{}".format,
 )
 def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Launches:
