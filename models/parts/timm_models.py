@@ -119,7 +119,8 @@ def layer_numbers(model: nn.Module, coarse: bool = False) -> dict[str, int]:
 def names_in_whole(body: nn.Module, whole: nn.Module) -> dict[str, str]:
     """Return the name in timm's whole model of every parameter and buffer of the model that is cut into stages."""
     # A cut model has the whole one within, or names its parts with underscores where that nests them: stages_0.
-    inside = [name for name, _ in body.named_children()] == ["model"]
+    children = list(body.children())
+    inside = len(children) == 1 and type(children[0]) is type(whole)
     nested = {module.replace(".", "_"): module for module, _ in whole.named_modules() if module}
     names = {}
     for name in body.state_dict():
@@ -158,13 +159,15 @@ def frozen_parameters(name: str, dilation: bool, stages: int | Literal["stem"]) 
     if isinstance(stages, int) and stages > len(ends):
         raise ValueError(f"model.backbone.frozen_stages: {stages} is more than the model's {len(ends)} stages")
     last = ends[stages - 1] if isinstance(stages, int) else ends[0] - 1
-    end = found.stages[max(last, 0)].module
-    if end not in dict(found.whole.named_modules()):  # parallel branches, whose stages are no modules but have numbers
-        return frozenset(key for key, number in layer_numbers(found.whole, coarse=True).items() if number <= last)
-    if last >= 0:
+    coarse = layer_numbers(found.whole, coarse=True)
+    deepest = {max(coarse[key] for key in parameters_of_maps(name, dilation, (i,))) for i in (ends[0], ends[-1])}
+    if len(ends) > 1 and len(deepest) == 1:  # parallel branches: all maps come from the end; their stages have numbers
+        return frozenset(key for key, number in coarse.items() if number <= last)
+    if last >= 0 and found.stages[last].module:
         return parameters_of_maps(name, dilation, (last,))
     numbers = layer_numbers(found.whole)
-    first = min(number for key, number in numbers.items() if key.startswith(f"{end}."))
+    inside = f"{found.stages[ends[0]].module}."
+    first = min((number for key, number in numbers.items() if key.startswith(inside)), default=1)
     stem = {key for key, number in numbers.items() if number < first}
     # A token that only the head sees may have the number of the stem.
     return parameters_of_maps(name, dilation, (ends[0],)) & stem
