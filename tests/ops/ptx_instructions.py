@@ -316,6 +316,22 @@ class Instructions:
         step, clamp, members = (self.read(arg, "u32") for arg in args[2:])
         return [self.write(to, "u32", f"exchange({source}, {step}, {clamp}, {members}, {mask}, {number})", mask)]
 
+    def _match(self, modifiers: list[str], args: list[str], mask: str, number: int) -> list[str]:
+        if modifiers != ["any", "sync", "b32"]:
+            raise UnknownInstructionError("match")
+        value, members = (self.read(arg, "u32") for arg in args[1:])
+        return [self.write(args[0], "u32", f"lanes_alike({value}, {members}, {mask}, {number})", mask)]
+
+    def _vote(self, modifiers: list[str], args: list[str], mask: str, number: int) -> list[str]:
+        if modifiers != ["sync", "any", "pred"]:
+            raise UnknownInstructionError("vote")
+        value = f"any_lane({self.read(args[1], 'pred')}, {self.read(args[2], 'u32')}, {mask}, {number})"
+        return [self.write(args[0], "pred", value, mask)]
+
+    def _popc(self, modifiers: list[str], args: list[str], mask: str, number: int) -> list[str]:
+        """How many bits are set."""
+        return [self.write(args[0], "u32", f"bitwise_count({self.read(args[1], modifiers[0])})", mask)]
+
     def _bar(self, modifiers: list[str], args: list[str], mask: str, number: int) -> list[str]:
         if modifiers == ["warp", "sync"]:
             return [f"warp_is_in_order({mask}, {number}, {self.read(args[0], 'u32')})"]

@@ -48,7 +48,7 @@ class Instruction(NamedTuple):
         """As of a segment."""
         if self.name in ("bar.sync", "barrier.sync"):
             return "block"
-        return "warp" if self.name in ("shfl.sync.bfly.b32", "bar.warp.sync") else ""
+        return "warp" if self.name.startswith(("shfl.sync", "bar.warp", "match.", "vote.")) else ""
 
     @property
     def registers(self) -> list[str]:

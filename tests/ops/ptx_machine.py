@@ -111,6 +111,8 @@ class Machine:
             "add_to": self.add_to,
             "leave": self.leave,
             "exchange": self.exchange,
+            "lanes_alike": self.lanes_alike,
+            "any_lane": self.any_lane,
             "warp_is_in_order": self.warp_is_in_order,
             "block_is_in_order": self.block_is_in_order,
             "to_integer": to_integer,
@@ -230,14 +232,30 @@ class Machine:
 
     def exchange(self, source: Any, step: Any, clamp: Any, members: Any, mask: Any, line: int) -> Array:
         """A butterfly: what the lane has whose number differs by ``step``."""
-        if (((np.asarray(clamp) != 31) | (np.asarray(members) != 0xFFFFFFFF)) & mask).any():
+        self._check_members(members, mask, line)
+        if ((np.asarray(clamp) != 31) & mask).any():
             self.fail("a shuffle within parts of a warp", line, 0)
         return np.asarray(source)[self.everyone ^ (np.asarray(step).astype(np.int64) & 31)]
 
+    def lanes_alike(self, value: Any, members: Any, mask: Any, line: int) -> Array:
+        """A bit for each lane of the warp that has the same number."""
+        self._check_members(members, mask, line)
+        lanes = np.broadcast_to(value, len(self.everyone)).reshape(-1, 32)
+        alike = lanes[:, :, None] == lanes[:, None, :]
+        return (alike * (np.uint32(1) << np.arange(32, dtype=np.uint32))).sum(-1, dtype=np.uint32).ravel()
+
+    def any_lane(self, value: Any, members: Any, mask: Any, line: int) -> Array:
+        """Whether any lane of the warp has it."""
+        self._check_members(members, mask, line)
+        return np.repeat(np.broadcast_to(value, len(self.everyone)).reshape(-1, 32).any(1), 32)
+
+    def _check_members(self, members: Any, mask: Any, line: int) -> None:
+        if ((np.asarray(members) != 0xFFFFFFFF) & mask).any():
+            self.fail("a part of a warp does together", line, 0)
+
     def warp_is_in_order(self, mask: Any, line: int, members: Any) -> None:
         """What lanes did to memory comes before what they do next."""
-        if ((np.asarray(members) != 0xFFFFFFFF) & mask).any():
-            self.fail("a barrier of a part of a warp", line, 0)
+        self._check_members(members, mask, line)
         self.warp_time += True if mask is True else mask[::32]
 
     def block_is_in_order(self, mask: Any) -> None:

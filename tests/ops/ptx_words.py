@@ -44,8 +44,10 @@ class Words:
             if (twice := self.writer[word] != who).any():
                 return "a race of two writes", int(twice.argmax())
             return None
-        for owner, own in ((self.reader, who), (self.reading_warp, warp)):
-            new = np.where(read_since & (owner[word] != own), MANY, own)
+        # Lanes that read before a barrier of their warp are in order with whoever of the warp writes behind it.
+        together = read_since & ((self.reading_warp[word] != warp) | (self.read_in_warp[word] >= warp_time))
+        for owner, own, since in ((self.reader, who, together), (self.reading_warp, warp, read_since)):
+            new = np.where(since & (owner[word] != own), MANY, own)
             owner[word] = new
             owner[word[owner[word] != new]] = MANY
         self.read[word], self.read_in_warp[word] = time, warp_time
