@@ -1,4 +1,4 @@
-"""Times the CUDA kernels with other tiles, windows, passes and warps than those of ``cuda_plan``.
+"""Times the CUDA kernels with other tiles, warps and blocks than those of ``cuda_plan``.
 
     python -m benchmarks.tune_ms_deform_attn [--dtype bfloat16] [--top 8]
     python -m benchmarks.tune_ms_deform_attn --compile 90     # no GPU needed: registers and shared memory of each
@@ -56,18 +56,18 @@ def forward_variants(signature: Signature) -> Iterator[Variant]:
 
 
 def backward_variants(signature: Signature, shared_limit: int, deterministic: bool) -> Iterator[Variant]:
-    """The default first; for the encoder's size also without windows."""
+    """The default first; for the encoder's size also without sorting."""
     yield Variant("default", backward_plan(signature, shared_limit, deterministic))
     if signature.tiled:
-        shapes = ((16, 8), (16, 4), (8, 8), (8, 4))
-        for tile, halo, queries, warps in itertools.product(shapes, (2, 3, 4), (16, 32, 64), (4, 8, 12)):
-            plan = backward_plan(signature, shared_limit, deterministic, (tile,), (halo,), queries, warps)
-            if plan.tiled and tile[0] * tile[1] >= queries:
-                yield Variant(f"{tile[0]}x{tile[1]}, halo {halo}, {queries} queries a pass, {warps} warps", plan)
+        shapes = ((16, 4), (8, 8), (8, 4), (4, 4))
+        for tile, warps, blocks in itertools.product(shapes, (4, 8, 16), (2, 3, 4)):
+            plan = backward_plan(signature, shared_limit, deterministic, (tile,), warps, blocks)
+            if plan.tiled:
+                yield Variant(f"{tile[0]}x{tile[1]}, {warps} warps, {plan.blocks} blocks", plan)
     plain = signature._replace(tiled=False)
     for tile, warps in itertools.product(((8, 4), (4, 4), (4, 2), (2, 2)), (2, 4, 8)):
         plan = backward_plan(plain, shared_limit, deterministic, (tile,), warps=warps)
-        yield Variant(f"no windows, {tile[0]}x{tile[1]}, {warps} warps", plan)
+        yield Variant(f"unsorted, {tile[0]}x{tile[1]}, {warps} warps", plan)
 
 
 def distinct(variants: Iterator[Variant]) -> list[Variant]:

@@ -23,6 +23,7 @@ from ops.ms_deform_attn.cuda_plan import (
     MAX_PIXELS,
     MAX_SAMPLES,
     MAX_SIDE,
+    MAX_SORTED_PIXELS,
     TYPES,
     Plan,
     Signature,
@@ -154,7 +155,8 @@ def backward(
     value, _, valid_sizes, reference, samples, weights = arguments
     call = _Call(arguments)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    plan = backward_plan(call.signature, shared_limit(value.device), deterministic)
+    signature = call.signature._replace(tiled=call.signature.tiled and value.shape[1] < MAX_SORTED_PIXELS)
+    plan = backward_plan(signature, shared_limit(value.device), deterministic)
     gradients: dict[str, Tensor] = {
         "grad_value": torch.zeros(
             value.shape, dtype=torch.int64 if deterministic else torch.float32, device=value.device

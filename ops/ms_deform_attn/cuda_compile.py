@@ -12,7 +12,7 @@ from ops.cache import BackendUnavailableError, cached_file, key_of
 from ops.ms_deform_attn.cuda_plan import Plan
 
 SOURCES = Path(__file__).parent / "csrc"
-HEADERS = ("device.cuh", "samples.cuh")
+HEADERS = ("device.cuh", "samples.cuh", "backward.cuh", "sorted.cuh", "direct.cuh")
 SHARED_MEMORY = "#define SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]\n"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,20 +12,22 @@ import torch
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_SIDE = 32767
-"""Height and width of a map: the backward adds up a window's columns in 32 bits."""
+"""Height and width of a map."""
 MAX_SAMPLES = 512
 """L*P: those of one query must fit into shared memory, with every architecture's 48 KiB."""
 MAX_CHANNELS = 1024
 MAX_PIXELS = 2**26
 """Of an image, over all levels: four bits of an index are needed for something else."""
+MAX_SORTED_PIXELS = 2**20 - 1
+"""The same where the backward sorts taps: it needs twelve bits, and a number for none."""
+MAX_SORTED_SAMPLES = 1024
+"""Of a block's queries and all levels."""
 Tiles = tuple[tuple[int, int], ...]
 TILES: Tiles = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))
 """Width and height in queries of a block's tile, largest first."""
-HALOS = (4, 3, 2)
-"""Pixels around a tile's own that its window takes up, as many as there is room for."""
 FORWARD_THREADS = 256
-PASS_QUERIES = 32
-"""So many queries of a tile the backward holds in shared memory at a time."""
+SORTED_BLOCKS = 3
+"""At most so many blocks a multiprocessor are to have registers: 80 for each of 256 threads."""
 PLAIN_SHARED_BYTES = 48 * 1024
 RESERVED_SHARED_BYTES = 1024
 """Of each block, for the system."""
@@ -75,7 +77,8 @@ def forward_plan(signature: Signature, tiles: Tiles | None = None, threads: int 
         shared = width * height * ((samples | 1) * 16 + 8) + signature.levels * 16
         if shared <= PLAIN_SHARED_BYTES:
             break
-    return _plan("forward.cu", signature, (width, height), 1, signature.tiled, threads, shared, ())
+    extra = (("DETERMINISTIC", "0"),)
+    return _plan("forward.cu", signature, (width, height), signature.tiled, threads, shared, 1024 // threads, extra)
 
 
 @functools.cache
@@ -84,67 +87,65 @@ def backward_plan(
     shared_limit: int,
     deterministic: bool,
     tiles: Tiles | None = None,
-    halos: tuple[int, ...] = HALOS,
-    pass_queries: int = PASS_QUERIES,
     warps: int | None = None,
+    blocks: int = SORTED_BLOCKS,
 ) -> Plan:
-    """The backward: with windows if they fit into ``shared_limit`` bytes of shared memory, if possible twice.
-
-    At most ``pass_queries`` of a tile are held in shared memory at a time.
-    """
-    extra = (("DETERMINISTIC", str(int(deterministic))),)
+    """The backward: with sorted taps if they fit into ``shared_limit`` bytes of shared memory, if possible twice."""
     if signature.tiled:
-        # A warp for each window, and twice as many that gather.
-        threads = 32 * (warps or min(3 * max(signature.levels, 2), 16))
+        warps_sorted = warps or min(2 * max(signature.levels, 2), 16)
         for limit in (shared_limit // 2 - RESERVED_SHARED_BYTES, shared_limit):
-            for tile, halo in itertools.product(tiles or TILES[:3], halos):
-                passes = _passes(tile, pass_queries)
-                windows = _windows(signature.levels, tile, halo)
-                floats = sum(w * h for w, h in windows) * signature.channels
-                shared = _backward_bytes(signature, tile, passes, True) + (floats + 3) // 4 * 16
-                if shared <= limit:
-                    text = "{" + ",".join(f"{{{w},{h}}}" for w, h in windows) + "}"
-                    return _plan(
-                        "backward.cu", signature, tile, passes, True, threads, shared, (*extra, ("WINDOWS", text))
-                    )
+            for tile in tiles or TILES[:3]:
+                shared = _backward_bytes(signature, tile, warps_sorted)
+                if shared <= limit and tile[0] * tile[1] * signature.levels * signature.points <= MAX_SORTED_SAMPLES:
+                    fitting = max((shared_limit + RESERVED_SHARED_BYTES) // (shared + RESERVED_SHARED_BYTES), 1)
+                    together = min(blocks - deterministic, fitting, 1024 // (32 * warps_sorted))
+                    return _backward_plan(signature, deterministic, tile, True, warps_sorted, shared, together)
+    warps = warps or 4
     for tile in tiles or TILES[1:]:
-        shared = _backward_bytes(signature, tile, 1, False)
+        shared = _backward_bytes(signature, tile, 0)
         if shared <= PLAIN_SHARED_BYTES:
             break
-    return _plan("backward.cu", signature, tile, 1, False, 32 * (warps or 4), shared, extra)
+    return _backward_plan(signature, deterministic, tile, False, warps, shared, 32 // warps)
 
 
-def _windows(levels: int, tile: tuple[int, int], halo: int) -> list[tuple[int, int]]:
-    """Width and height of each level's window, for levels that halve from one to the next."""
-    margin = 2 * halo + 1
-    return [(-(-tile[0] // 2**level) + margin, -(-tile[1] // 2**level) + margin) for level in range(levels)]
+def _backward_bytes(signature: Signature, tile: tuple[int, int], sorting_warps: int) -> int:
+    """Shared memory of the backward: see ``struct Shared`` of csrc/backward.cuh."""
+    queries, item = tile[0] * tile[1], 4 if signature.value_type == 0 else 2
+    level_samples = queries * signature.points
+    rows = (queries + (sorting_warps > 0)) * signature.channels * item
+    tables = signature.levels * (level_samples + (8 if sorting_warps else 0))
+    dots = -(-tables // 32) * 32 if sorting_warps else tables + 8
+    vector = math.gcd(signature.channels, 16 // item)
+    vectors = signature.channels // vector
+    lanes = vectors // 2 if item == 4 and vectors % 2 == 0 else vectors
+    groups = 32 // min(1 << (lanes - 1).bit_length(), 32)
+    entries = groups * -(-level_samples // (4 * groups)) * 4
+    lists = sorting_warps * entries * 8
+    small = 16 * signature.levels + max(8 * queries, sorting_warps * 64 * 4)
+    return -(-rows // 16) * 16 + 16 * dots + small + lists + (20 if sorting_warps else 16) * tables
 
 
-def _passes(tile: tuple[int, int], pass_queries: int) -> int:
-    """Passes of the backward over a tile, among which the tile's rows are dealt out."""
-    return next(
-        n
-        for n in range(1, tile[1] + 1)
-        if tile[1] % n == 0 and (tile[0] * tile[1] // n <= pass_queries or n == tile[1])
-    )
-
-
-def _backward_bytes(signature: Signature, tile: tuple[int, int], passes: int, tiled: bool) -> int:
-    """Shared memory of the backward without windows: see ``struct Shared`` of csrc/backward.cu."""
-    queries, samples = tile[0] * tile[1] // passes, signature.levels * signature.points
-    query = (signature.channels + 3) // 4 * 16 + 8 + (0 if tiled else 4 * (samples | 1))
-    sample = 60 if tiled else 28
-    return queries * (query + samples * sample) + signature.levels * 24
+def _backward_plan(
+    signature: Signature,
+    deterministic: bool,
+    tile: tuple[int, int],
+    sort: bool,
+    warps: int,
+    shared: int,
+    blocks: int,
+) -> Plan:
+    extra = (("DETERMINISTIC", str(int(deterministic))), ("SORTED", str(int(sort))))
+    return _plan("backward.cu", signature, tile, sort, 32 * warps, shared, blocks, extra)
 
 
 def _plan(
     source: str,
     signature: Signature,
     tile: tuple[int, int],
-    passes: int,
     tiled: bool,
     threads: int,
     shared: int,
+    blocks: int,
     extra: tuple[tuple[str, str], ...],
 ) -> Plan:
     macros = {
@@ -158,13 +159,10 @@ def _plan(
         "TILED": int(tiled),
         "TILE_WIDTH": tile[0],
         "TILE_HEIGHT": tile[1],
-        "PASSES": passes,
         "THREADS": threads,
+        "BLOCKS": blocks,
     }
-    blocks = 2 if tiled and source == "backward.cu" else 1024 // threads  # as the sources' launch bounds
     named = tuple((name, str(number)) for name, number in macros.items())
-    if source == "forward.cu":
-        named = (*named, ("DETERMINISTIC", "0"))
     return Plan(source, named + extra, tile, tiled, threads, shared, blocks)
 
 

@@ -46,7 +46,7 @@ def registers(plan: Plan, architecture: int) -> int:
 @pytest.mark.skipif(not has_nvrtc(), reason="NVRTC is not installed")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_for_every_architecture(architecture: int) -> None:
-    """With 64 registers a thread, 1024 threads run on a multiprocessor, half of what it can hold; windows leave
+    """With 64 registers a thread, 1024 threads run on a multiprocessor, half of what it can hold; sorted taps leave
     room for fewer."""
     assert registers(forward_plan(MODEL), architecture) <= 64
     backward = backward_plan(MODEL, SHARED_BYTES[architecture] * 1024, False)
@@ -86,7 +86,7 @@ def test_plans_fit_into_shared_memory() -> None:
 
 
 def test_blocks_leave_the_rest_of_the_memory_to_the_cache() -> None:
-    """Two blocks of the backward fit into 196 of an H100's 228 KiB, one step below all of it."""
+    """Three blocks of the backward fit into 196 of an H100's 228 KiB, one step below all of it."""
     limit = 228 * 1024
     backward = backward_plan(MODEL, 227 * 1024, False)
     assert 164 / 228 < backward.carve_out(limit) / 100 <= 196 / 228

@@ -74,7 +74,7 @@ def check_against_reference(case: Case, dtype: torch.dtype, sample_dtype: torch.
     ("dtype", "sample_dtype"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
 )
-def test_ptx_kernels_with_windows(dtype: torch.dtype, sample_dtype: torch.dtype, host: Launches) -> None:
+def test_ptx_kernels_with_sorted_taps(dtype: torch.dtype, sample_dtype: torch.dtype, host: Launches) -> None:
     shapes = [(13, 18), (7, 9)]
     case = make_pyramid(0, B=2, Q=13 * 18 + 7 * 9, D=32, shapes=shapes)
     check_against_reference(case, dtype, sample_dtype, fused=True)
@@ -82,26 +82,24 @@ def test_ptx_kernels_with_windows(dtype: torch.dtype, sample_dtype: torch.dtype,
 
 
 @pytest.mark.parametrize(("levels", "P", "D"), [(5, 3, 4), (1, 1, 64), (2, 5, 6)])
-def test_ptx_kernels_with_windows_of_any_shape(levels: int, P: int, D: int, host: Launches) -> None:
-    """Many windows or one, an odd number of points, rows in several parts, rows in pairs of floats."""
+def test_ptx_kernels_with_sorted_taps_of_any_shape(levels: int, P: int, D: int, host: Launches) -> None:
+    """Many levels or one, an odd number of points, rows in several parts, rows in pairs of floats."""
     shapes = [(9, 11), (5, 6), (3, 3), (2, 2), (1, 1)][:levels]
     case = make_pyramid(5, B=1, Q=sum(h * w for h, w in shapes), D=D, P=P, shapes=shapes)
     check_against_reference(case, torch.float32, torch.float32, fused=True)
     assert [plan.tiled for plan in host.plans] == [True, True]
-    assert host.plans[1].threads == min(96 * max(2, levels), 512)
+    assert host.plans[1].threads == 64 * max(2, levels)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tile", "halo", "queries", "warps"), [((16, 8), 2, 16, 4), ((16, 4), 3, 64, 12), ((4, 4), 4, 8, 8)]
-)
-def test_ptx_windows_of_other_plans(
-    tile: tuple[int, int], halo: int, queries: int, warps: int, host: Launches, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("tile", "warps", "blocks"), [((16, 8), 4, 1), ((16, 4), 12, 2), ((4, 4), 8, 3)])
+def test_ptx_sorted_taps_of_other_plans(
+    tile: tuple[int, int], warps: int, blocks: int, host: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What benchmarks.tune_ms_deform_attn tries gives the same results."""
 
     def plan(signature: Signature, limit: int, deterministic: bool) -> Plan:
-        return backward_plan(signature, limit, deterministic, (tile,), (halo,), queries, warps)
+        return backward_plan(signature, limit, deterministic, (tile,), warps, blocks)
 
     monkeypatch.setattr(cuda, "backward_plan", plan)
     case = make_pyramid(8, B=1, Q=13 * 18 + 7 * 9, D=16, P=4, shapes=[(13, 18), (7, 9)])
@@ -109,8 +107,8 @@ def test_ptx_windows_of_other_plans(
     assert (host.plans[1].tiled, host.plans[1].tile, host.plans[1].threads) == (True, tile, 32 * warps)
 
 
-def test_ptx_windows_lie_where_the_samples_are(host: Launches) -> None:
-    """Samples far from their queries, but close to each other: what is added to memory are sums, not taps."""
+def test_ptx_sums_and_not_taps_are_added_to_memory(host: Launches) -> None:
+    """Samples far from their queries, but close to each other."""
     H, W, P, D = 24, 24, 4, 16
     case = make_pyramid(7, B=1, Q=H * W, D=D, P=P, shapes=[(H, W)], padded=False)
     generator = torch.Generator().manual_seed(7)
@@ -122,8 +120,17 @@ def test_ptx_windows_lie_where_the_samples_are(host: Launches) -> None:
     assert host.adds < 0.3 * 2 * inside * D
 
 
+def test_ptx_taps_of_images_with_too_many_pixels_are_not_sorted(
+    host: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "MAX_SORTED_PIXELS", 99)
+    case = make_pyramid(5, B=1, Q=99, D=8, P=2, shapes=[(9, 11)])
+    check_against_reference(case, torch.float32, torch.float32, fused=True)
+    assert [plan.tiled for plan in host.plans] == [True, False]
+
+
 @pytest.mark.parametrize("together", ["a query's", "all"])
-def test_ptx_windows_take_samples_at_one_place(together: str, host: Launches) -> None:
+def test_ptx_sorted_taps_at_one_place(together: str, host: Launches) -> None:
     """Samples that follow each other add to the same pixels: none may be lost."""
     case = make_pyramid(6, B=1, Q=12 * 13, D=16, P=4, shapes=[(12, 13)], padded=False)
     if together == "all":
@@ -136,7 +143,7 @@ def test_ptx_windows_take_samples_at_one_place(together: str, host: Launches) ->
 
 
 @pytest.mark.parametrize(("reference_size", "D"), [(2, 33), (4, 64), (0, 16)])
-def test_ptx_kernels_without_windows(reference_size: int, D: int, host: Launches) -> None:
+def test_ptx_kernels_without_sorted_taps(reference_size: int, D: int, host: Launches) -> None:
     case = make_case(1, B=2, Q=37, D=D, H=3, reference_size=reference_size or 2, padded=reference_size > 0)
     check_against_reference(case, torch.float32, torch.float32, fused=reference_size > 0)
     assert [plan.tiled for plan in host.plans] == [False, False]

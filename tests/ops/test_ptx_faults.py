@@ -67,39 +67,42 @@ def test_without_a_fault_all_is_well(plant: Plant, host: Launches) -> None:
 
 
 FAULTS = {
-    "no barrier before the gathering": (
+    "no barrier before the sorting": (
         "backward.cu",
-        "    __syncthreads();\n    if (warp >= ADDING) gather",
-        "    if (warp >= ADDING) gather",
+        "  __syncthreads();\n#if SORTED",
+        "#if SORTED",
         "a race",
     ),
-    "samples are written over too early": (
-        "backward.cu",
-        "    __syncwarp();\n    if (used && lane < 4) to",
-        "    if (used && lane < 4) to",
+    "taps are counted too early": (
+        "sorted.cuh",
+        "    __syncwarp();\n    if (cell < CELLS && same",
+        "    if (cell < CELLS && same",
         "a race of a write after a read",
     ),
-    "windows start with what was there": ("backward.cu", "s.window[i] = 0;", ";", "uninitialised shared memory"),
+    "cells start with what was there": ("sorted.cuh", "cells[lane + 32] = 0;", "0;", "uninitialised shared memory"),
+    "a change of pixel is missed": ("sorted.cuh", "pixels[t + 1] != pixels[t];", "pixel == NOWHERE;", "not close"),
+    "the last sums are forgotten": ("sorted.cuh", "if (begin < count &&", "if (begin > count &&", "not close"),
+    "a list that ends too early": ("sorted.cuh", "n = total + lane", "n = total + lane + 1", "uninitialised"),
     "a shuffle that some lanes skip": (
-        "backward.cu",
-        "++t) sum_over_lanes(",
-        "++t) if (threadIdx.x % 32 < 31) sum_over_lanes(",
+        "sorted.cuh",
+        "      sum_over_lanes<GROUP>(",
+        "      if (threadIdx.x % 32 < 31) sum_over_lanes<GROUP>(",
         "threads wait for each other for ever",
     ),
     "a barrier that a warp skips": (
         "backward.cu",
-        "    __syncthreads();\n    write_samples(p, block, s);",
-        "    if (warp != 1) __syncthreads();\n    write_samples(p, block, s);",
+        "  __syncthreads();\n  write_samples(p, block, s);",
+        "  if (threadIdx.x / 32 != 1) __syncthreads();\n  write_samples(p, block, s);",
         "a race",
     ),
     "a row far beyond the last": ("samples.cuh", "level.start + (row", "level.start + 99 + (row", "out of bounds"),
-    "sums are stored, not added": ("device.cuh", "atomicAdd(to + i, x[i]);", "to[i] = x[i];", "two threads write"),
+    "sums are stored, not added": ("device.cuh", "red.global.add.f32", "st.global.f32", "two threads write"),
     "an input is written": ("backward.cu", "(p.grad_samples + 2 * at", "((float*)p.samples + 2 * at", "an input"),
     "right is left": ("samples.cuh", "return tap & 1 ? x : 1 - x", "return tap & 1 ? 1 - x : x", "not close"),
 }  # fmt: skip
 
 
-QUICK = ("samples are written over too early", "a shuffle that some lanes skip", "right is left")
+QUICK = ("taps are counted too early", "a shuffle that some lanes skip", "right is left")
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAULTS])
@@ -129,7 +132,7 @@ def test_a_view_without_a_copy_is_misaligned(host: Launches, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "instruction", ["fma.rn.f64 %f1, %f1, %f1, %f1;", "ld.u32 %r1, [%r1];", "vote.sync.any.pred %p1, %p1, -1;"]
+    "instruction", ["fma.rn.f64 %f1, %f1, %f1, %f1;", "ld.u32 %r1, [%r1];", "vote.sync.all.pred %p1, %p1, -1;"]
 )
 def test_an_unknown_instruction_is_refused(instruction: str) -> None:
     registers = ".reg .pred %p<2>;\n.reg .b32 %r<2>;\n.reg .f32 %f<2>;\n"

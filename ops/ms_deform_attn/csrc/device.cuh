@@ -2,8 +2,8 @@
 // needs nothing but itself.
 //
 // Set when compiled: VALUE_TYPE and SAMPLE_TYPE (0 float32, 1 bfloat16, 2 float16), CHANNELS, LEVELS, POINTS, FUSED,
-// REFERENCE_SIZE (2 points, 4 boxes), TILED, TILE_WIDTH, TILE_HEIGHT, PASSES, THREADS, and for the backward DETERMINISTIC
-// and, if TILED, WINDOWS.
+// REFERENCE_SIZE (2 points, 4 boxes), TILED, TILE_WIDTH, TILE_HEIGHT, THREADS, BLOCKS, and for the backward DETERMINISTIC and
+// SORTED.
 #pragma once
 
 typedef long long int64;
@@ -45,7 +45,8 @@ template <> struct Wide<4> { typedef unsigned t; };
 template <> struct Wide<2> { typedef unsigned short t; };
 
 template <class T, int count> union Pack {
-  typename Wide<sizeof(T) * count>::t wide;
+  typedef typename Wide<sizeof(T) * count>::t wide_t;
+  wide_t wide;
   T items[count];
   unsigned words[(sizeof(T) * count + 3) / 4];
   __device__ Pack() {}
@@ -66,44 +67,43 @@ template <int count, class T> __device__ inline void widen_all(const Pack<T, cou
   }
 }
 template <int count, class T> __device__ inline void load(const T* from, float* to) {
-  typedef typename Wide<sizeof(T) * count>::t wide_t;
   Pack<T, count> pack;
-  pack.wide = __ldg(reinterpret_cast<const wide_t*>(from));
+  pack.wide = __ldg(reinterpret_cast<const typename Pack<T, count>::wide_t*>(from));
   widen_all<count>(pack, to);
 }
-// The same, or zeros.
-template <int count> __device__ inline void load_if(bool is, const char* from, float* to) {
-  typedef typename Wide<sizeof(value_t) * count>::t wide_t;
-  Pack<value_t, count> pack;
-  pack.wide = wide_t{};
-  if (is) pack.wide = __ldg(reinterpret_cast<const wide_t*>(from));
-  widen_all<count>(pack, to);
+// The same as they are, or zeros, or anything.
+template <bool anything = false, class T, int count> __device__ inline void load_if(bool is, const T* from, Pack<T, count>& pack) {
+  if (!anything) pack.wide = {};
+  if (is) pack.wide = __ldg(reinterpret_cast<const typename Pack<T, count>::wide_t*>(from));
 }
 template <int count, class T> __device__ inline void store(T* to, const float* from) {
-  typedef typename Wide<sizeof(T) * count>::t wide_t;
   Pack<T, count> pack;
 #pragma unroll
   for (int i = 0; i < count; ++i) narrow(from[i], pack.items[i]);
-  *reinterpret_cast<wide_t*>(to) = pack.wide;
+  *reinterpret_cast<typename Pack<T, count>::wide_t*>(to) = pack.wide;
 }
 
-// The same for float32 that this block has written, in shared memory.
-template <int count> __device__ inline void read(const float* from, float* to) {
-  Pack<float, count> pack;
-  pack.wide = *reinterpret_cast<const typename Wide<4 * count>::t*>(from);
-#pragma unroll
-  for (int i = 0; i < count; ++i) to[i] = pack.items[i];
+// The same of what this block has written to shared memory.
+template <int count, class T> __device__ inline void read(const T* from, float* to) {
+  Pack<T, count> pack;
+  pack.wide = *reinterpret_cast<const typename Pack<T, count>::wide_t*>(from);
+  widen_all<count>(pack, to);
 }
 
+constexpr bool VECTOR_REDUCTIONS = !DETERMINISTIC && __CUDA_ARCH__ >= 900;
 // Adds count floats to memory that other blocks add to. Without DETERMINISTIC in whatever order they come, by vector
 // reductions where there are any; with it as 64-bit fixed-point numbers, whose sum does not depend on the order.
-template <int count> __device__ inline void add_shared_by_blocks(void* grad, int64 at, const float* x, float scale) {
 #if DETERMINISTIC
-  uint64* to = static_cast<uint64*>(grad) + at;
-#pragma unroll
-  for (int i = 0; i < count; ++i) atomicAdd(to + i, static_cast<uint64>(__float2ll_rn(x[i] * scale)));
+typedef uint64 sum_t;
 #else
-  float* to = static_cast<float*>(grad) + at;
+typedef float sum_t;
+#endif
+template <int count> __device__ inline void add_shared_by_blocks(sum_t* to, const float* x, float scale) {
+#if DETERMINISTIC
+#pragma unroll
+  for (int i = 0; i < count; ++i)
+    asm volatile("red.global.add.u64 [%0], %1;" ::"l"(to + i), "l"(__float2ll_rn(x[i] * scale)) : "memory");
+#else
 #if __CUDA_ARCH__ >= 900
   if constexpr (count == 4) {
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
@@ -112,7 +112,7 @@ template <int count> __device__ inline void add_shared_by_blocks(void* grad, int
 #endif
   {
 #pragma unroll
-    for (int i = 0; i < count; ++i) atomicAdd(to + i, x[i]);
+    for (int i = 0; i < count; ++i) asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to + i), "f"(x[i]) : "memory");
   }
 #endif
 }

@@ -23,11 +23,12 @@ struct Shared {
 };
 
 __device__ inline void locate_all(const Problem& p, const Block& block, const Shared& s) {
+  Level level = s.levels[threadIdx.x % SAMPLES / POINTS];
   for (unsigned i = threadIdx.x; i < QUERIES * SAMPLES; i += THREADS) {
     const int query = block.query(p, i / SAMPLES);
     if (query < 0) continue;
     const int64 at = block.row(p, query, SAMPLES) + i % SAMPLES;
-    const Level level = s.levels[i % SAMPLES / POINTS];
+    if (!ONE_LEVEL) level = s.levels[i % SAMPLES / POINTS];
     float sample[2];
     load<2>(p.samples + 2 * at, sample);
     const Place place = locate(p, query, level, sample[0], sample[1]);
@@ -55,7 +56,7 @@ __device__ inline void add_sample(const Sample* from, const value_t* head, unsig
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) ms_deform_attn_forward(const __grid_constant__ Problem p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ms_deform_attn_forward(const __grid_constant__ Problem p) {
   SHARED_MEMORY(memory);
   const Shared s(memory);
   const Block block(p);

@@ -4,7 +4,9 @@
 #include "device.cuh"
 
 constexpr int SAMPLES = LEVELS * POINTS;
-constexpr int QUERIES = TILE_WIDTH * TILE_HEIGHT / PASSES;  // that a block has at a time, all of one image and head
+constexpr int QUERIES = TILE_WIDTH * TILE_HEIGHT;  // of a block, all of one image and head
+
+constexpr bool ONE_LEVEL = THREADS % SAMPLES == 0;  // that a thread has samples of, if it has every THREADS-th
 
 // How a row of the value is read: VECTORS accesses of VECTOR channels by LANES neighbouring lanes, a power of two.
 __device__ constexpr int largest_divisor(int count) { return CHANNELS % count == 0 ? count : largest_divisor(count / 2); }
@@ -25,7 +27,7 @@ struct Problem {
   const sample_t* weights;     // logits (fused) or weights
   value_t* output;             // [B, Q, H, D]
   const value_t* grad_output;  // [B, Q, H, D]
-  void* grad_value;            // [B, S, H, D] float32, or int64 if DETERMINISTIC; zeroed
+  sum_t* grad_value;           // [B, S, H, D]; zeroed
   sample_t* grad_samples;
   sample_t* grad_weights;
   float* grad_reference;       // [B, Q, H, REFERENCE_SIZE], to be summed over H; or null
@@ -44,7 +46,6 @@ struct Block {
   int image, head;
   int first;                   // first query, or first query of the tile's level
   int left, top, width, height;
-  int pass = 0;                // a tile's rows are dealt out to the passes in turn
 
   // Blocks are ordered by image, tile, head.
   __device__ explicit Block(const Problem& p) {
@@ -72,7 +73,7 @@ struct Block {
   __device__ int query(const Problem& p, unsigned i) const {
     const int queries = static_cast<int>(p.queries);
 #if TILED
-    const int x = left + i % TILE_WIDTH, y = top + i / TILE_WIDTH * PASSES + pass;
+    const int x = left + i % TILE_WIDTH, y = top + i / TILE_WIDTH;
     return x < width && y < height ? image * queries + first + y * width + x : -1;
 #else
     const int index = first + static_cast<int>(i);
@@ -128,13 +129,18 @@ __device__ inline int pixel_of(int sample, int tap, int columns) {
   return (sample >> 4) + (tap & 1) + (tap >> 1) * columns;
 }
 
-// VECTOR channels of a sample's taps, of which the first pixel's begin at first; zeros for those that do not exist.
+// VECTOR channels of a sample's taps, of which the first pixel's begin at first; zeros for those that do not exist. Rows of
+// pixels are stride bytes apart.
 __device__ inline void load_taps(const value_t* first, int sample, int columns, unsigned stride, float rows[4][VECTOR]) {
   const char* corner = reinterpret_cast<const char*>(first) + static_cast<int64>(sample >> 4) * stride;
   const char* below = corner + static_cast<uint64>(static_cast<unsigned>(columns)) * stride;
 #pragma unroll
-  for (int tap = 0; tap < 4; ++tap)
-    load_if<VECTOR>(sample >> tap & 1, (tap >> 1 ? below : corner) + (tap & 1) * stride, rows[tap]);
+  for (int tap = 0; tap < 4; ++tap) {
+    Pack<value_t, VECTOR> row;
+    const char* from = (tap >> 1 ? below : corner) + (tap & 1) * stride;
+    load_if(sample >> tap & 1, reinterpret_cast<const value_t*>(from), row);
+    widen_all<VECTOR>(row, rows[tap]);
+  }
 }
 
 // The factors from offsets to pixels; for points, offsets are in pixels.
