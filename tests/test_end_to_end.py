@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ import torch
 import config
 from datasets.shapes import ShapesConfig, generate
 from engine.evaluator import Evaluator
+from schema import plain
 from structures import Batch, DetectorOutputs, Prediction, QueryGroup, Targets
+
+sys.path.append(str(Path(__file__).resolve().parent / "models"))
+from family import FAMILY, criterion_for
 
 MODEL = {
     "backbone": {"model": "resnet10t", "pretrained": False, "norm": "group", "frozen_stages": 0},
@@ -63,17 +68,32 @@ def evaluate(cfg: config.Config, model: torch.nn.Module) -> tuple[dict[str, Any]
 
 
 @pytest.mark.slow
-def test_two_images_are_learnt_by_heart(shapes):
-    """At least 95 AP on what was trained: model, criterion, decoding and evaluation agree about what a box is."""
-    cfg = settings(shapes)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("detr", "dino") else pytest.mark.thorough) for n in FAMILY]
+)
+def test_two_images_are_learnt_by_heart(name, tmp_path):
+    """At least 95 AP on what was trained: detector, criterion, decoding and evaluation agree about what a box is."""
+    shapes = ShapesConfig(
+        train_images=2,
+        val_images=1,
+        image_size=64,
+        min_object_size=20,
+        max_object_size=40,
+        max_objects=2,
+        empty_share=0.0,
+        seed=3,
+    )
+    generate(tmp_path, shapes, 1)
+    detector = plain(FAMILY[name])
+    cfg = settings(tmp_path, model=detector, criterion=plain(criterion_for(FAMILY[name])))
     torch.manual_seed(0)
     batch = first_batch(cfg)
     assert min(batch.targets.counts) > 0
     model = cfg.model.build(6).train()
-    optimizer, steps = cfg.optimizer.build(model), 250
+    optimizer, steps = cfg.optimizer.build(model), 400 if name == "h_detr" else 250
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * min(1, (step + 1) / 20, (steps - step) / 80)
+            group["lr"] = group["base_lr"] * min(1, (step + 1) / 20, (steps - step) / (0.4 * steps))
         loss = cfg.criterion(model(batch.images, batch.targets), batch.targets).total
         optimizer.zero_grad()
         loss.backward()
