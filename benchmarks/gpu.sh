@@ -58,17 +58,20 @@ for part in $parts; do
             ${PEER:+--peer "$PEER"}
         ;;
     metrics)
-        has ncu && run 80 gpu-metrics ncu --csv --kernel-name regex:ms_deform_attn --launch-count 12 --metrics "$metrics" \
-            "$python" -m benchmarks.ms_deform_attn --device cuda --dtype float32 bfloat16 --rounds 1 --no-save
+        # The first two launches are forward and backward of the encoder's fused form; nothing is to be waited for then.
+        for dtype in float32 bfloat16; do
+            has ncu && run 40 "gpu-metrics-$dtype" ncu --csv --kernel-name regex:ms_deform_attn --launch-count 2 --kill yes \
+                --metrics "$metrics" "$python" -m benchmarks.ms_deform_attn --device cuda --dtype $dtype --rounds 1 --no-save
+        done
         ;;
     tuning)
-        run 200 gpu-tuning "$python" -m benchmarks.tune_ms_deform_attn
+        run 130 gpu-tuning "$python" -m benchmarks.tune_ms_deform_attn
         ;;
-    models)
+    models)  # each backend is built twice, once in a process of its own that weighs it
         for dtype in float32 bfloat16; do
-            run 25 "gpu-inference-$dtype" "$python" -m benchmarks.step --infer --size 800 1333 --batch 1 --rounds 10 \
+            run 45 "gpu-inference-$dtype" "$python" -m benchmarks.step --infer --size 800 1333 --batch 1 --rounds 10 \
                 --dtype $dtype --backends reference cuda --save "inference-dino-r50-$dtype-$name"
-            run 30 "gpu-step-$dtype" "$python" -m benchmarks.step --cfg configs/align_dino.yaml --rounds 10 \
+            run 45 "gpu-step-$dtype" "$python" -m benchmarks.step --cfg configs/align_dino.yaml --rounds 10 \
                 --dtype $dtype --backends reference cuda --save "step-align-dino-$dtype-$name"
         done
         [ -n "$PUBLIC_STEP" ] && run 40 gpu-public-step sh -c "$PUBLIC_STEP"
