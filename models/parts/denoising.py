@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.parts.heads import inverse_sigmoid
 from ops.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from structures import Matches, Prediction, QueryGroup, Targets
 
@@ -168,7 +167,7 @@ class DenoisingGenerator(nn.Module):
     def _noised_boxes(self, boxes: Tensor, shift: Tensor) -> Tensor:
         """Shift both corners."""
         corners = cxcywh_to_xyxy(boxes) + shift * boxes[..., 2:].repeat(1, 1, 2)
-        return inverse_sigmoid(xyxy_to_cxcywh(corners.clamp(0, 1)).clamp(min=0), 1e-3).sigmoid()
+        return xyxy_to_cxcywh(corners.clamp(0, 1)).clamp(1e-3, 1 - 1e-3)
 
 
 def attention_mask(groups: Tensor, num_queries: int) -> Tensor:

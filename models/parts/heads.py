@@ -65,13 +65,11 @@ def regress(heads: Sequence[PlainHeads], features: Tensor) -> Tensor:
     return torch.stack([head.regress(layer) for head, layer in zip(heads, features.unbind(0), strict=True)])
 
 
-def inverse_sigmoid(values: Tensor, eps: float) -> Tensor:
-    """Logit of values in [0, 1], kept finite by clamping numerator and denominator to ``eps``."""
-    return torch.log(values.clamp(min=eps) / (1 - values).clamp(min=eps))
-
-
 def refine_boxes(reference: Tensor, changes: Tensor, eps: float = 1e-3) -> Tensor:
     """Move boxes in logit space: sigmoid(logit(reference) + changes).
+
+    Published code keeps the logit finite by clamping numerator and denominator, not the reference: where a coordinate
+    is nearer to 0 or 1 than ``eps``, its logit differs from ours by less than ``eps``, and the box by less than eps².
 
     Args:
         reference: [..., 4] cxcywh boxes, or [..., 2] points, to which changes add the size.
@@ -81,7 +79,7 @@ def refine_boxes(reference: Tensor, changes: Tensor, eps: float = 1e-3) -> Tenso
     Returns:
         [..., 4] float32 cxcywh in (0, 1).
     """
-    logits = inverse_sigmoid(reference.float(), eps)
+    logits = torch.logit(reference.float(), eps)
     if reference.shape[-1] == 2:
         logits = F.pad(logits, (0, 2))
     return (logits + changes).sigmoid()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.parts.attention import DeformableAttention
-from models.parts.heads import PredictionHeads, inverse_sigmoid, refine_boxes
+from models.parts.heads import PredictionHeads, refine_boxes
 from models.parts.memory import Memory, level_valid_sizes, pixel_centres
 from models.parts.neck import Neck
 from models.parts.position_encoding import SinePositionEncoding, encode_boxes
@@ -74,7 +74,12 @@ def test_refining_boxes():
     moved = refine_boxes(boxes, torch.tensor([1.0, 0.0, -100.0, 100.0]))
     torch.testing.assert_close(moved[0], torch.tensor(1 / (1 + math.exp(-(math.log(0.25) + 1)))))
     assert moved.isfinite().all()
-    assert inverse_sigmoid(torch.tensor([0.0, 1.0, 2.0]), 1e-3).isfinite().all()
+    assert refine_boxes(torch.tensor([0.0, 1.0, 2.0, -1.0]), torch.zeros(4)).tolist() == pytest.approx(
+        [1e-3, 1 - 1e-3, 1 - 1e-3, 1e-3]
+    )
+    near = torch.tensor([0.0, 1e-4, 1 - 1e-4, 1.0])
+    published = (near.clamp(min=1e-3) / (1 - near).clamp(min=1e-3)).log().sigmoid()
+    torch.testing.assert_close(refine_boxes(near, torch.zeros(4)), published, rtol=0, atol=1e-6)
 
 
 def test_initialisation_as_published():
