@@ -115,10 +115,9 @@ class DenoisingGenerator(nn.Module):
                 for rows, fill in zip(zip(*layouts, strict=True), (0, -1, 0), strict=True)
             )
         )
-        # Four magnitudes, four signs, one draw that decides about the label, one that picks it: in [0, 1).
         noise = np.full((len(layouts), longest, 10), 0.5, dtype=np.float32)
         for row, own, generator in zip(noise, layouts, generators, strict=True):
-            row[: len(own.group)] = torch.rand(len(own.group), 10, generator=generator).numpy()
+            row[: len(own.group)] = self._draw(len(own.group), generator)
         redrawn = np.minimum((noise[..., 9] * self.num_classes).astype(np.int64), self.num_classes - 1)
         redrawn[noise[..., 8] >= self.config.redrawn_labels] = -1
         image, query = layout.positive.nonzero()
@@ -158,6 +157,11 @@ class DenoisingGenerator(nn.Module):
             group=np.repeat(np.arange(num_groups), len(self.signs) * kept),
             positive=np.tile(np.repeat(self.signs, kept), num_groups),
         )
+
+    def _draw(self, count: int, generator: torch.Generator) -> NDArray[np.float32]:
+        """[count, 10] in [0, 1): four magnitudes, four signs, one that decides about the label, one that picks it."""
+        drawn: NDArray[np.float32] = torch.rand(count, 10, generator=generator).numpy()
+        return drawn
 
     def _shifts(self, noise: NDArray[np.float32], positive: NDArray[np.bool_]) -> NDArray[np.float32]:
         """[B, N, 4] by how many widths and heights of its box each corner moves; of negatives by more."""

@@ -55,10 +55,8 @@ def test_a_step_equals_the_published_code(published: str, case: str, monkeypatch
     noise = torch.full((2, 2 * GROUPS * 3, 10), 0.5)
     for row, part in zip(noise, torch.from_numpy(uniform).split(COUNTS[case], dim=1), strict=True):
         row[: part.shape[0] * part.shape[1]] = (part.flatten(0, 1) + 1) / 2
-    generator = type(model.denoising)
-    labels, boxes = generator._noised_labels, generator._noised_boxes
-    monkeypatch.setattr(generator, "_noised_labels", lambda own, x, *_: labels(own, x, noise[..., 8], noise[..., 9]))
-    monkeypatch.setattr(generator, "_noised_boxes", lambda own, x, positive, _: boxes(own, x, positive, noise))
+    rows = iter(noise.numpy())
+    monkeypatch.setattr(type(model.denoising), "_draw", lambda own, count, _: next(rows)[:count])
     left_out = {} if case == "3+3" else {"denoising": GroupSupervision(weight=0.0)}
     criterion = dataclasses.replace(CRITERIA[published], groups=left_out)
     loss = criterion(model(Images(*published_weights.images()), targets(case)), targets(case))
