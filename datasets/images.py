@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
+from ops.errors import describe_error
+
 MAX_PIXELS = 180_000_000
 """Larger pictures are refused: decoding one would take a data-loading worker more than half a gigabyte."""
 
@@ -202,5 +204,4 @@ def _to_rgb(picture: Image.Image) -> np.ndarray:
 def _reason(path: Path | str, error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{path}: no such file"
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"{path}: {text}"
+    return f"{path}: {getattr(error, 'strerror', None) or describe_error(error)}"

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ops.errors import describe_error
+
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -94,7 +96,7 @@ def _report_lost_batch(queue: Any, error: Exception, item: Any) -> None:
     """Runs in each worker, when a batch cannot be put into shared memory or sent."""
     if not isinstance(item, tuple) or isinstance(item[1], LostBatch):
         os._exit(1)  # which the main process notices
-    queue.put((item[0], LostBatch(" ".join(str(error).split()))))
+    queue.put((item[0], LostBatch(describe_error(error))))
 
 
 def _overhear(number: int, frame: FrameType | None) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from engine.weights_file import ENDING, read_weights
 from engine.whole_files import replacing
+from ops.errors import describe_error
 
 FORMAT = 1
 LAST = "checkpoint_last.pth"
@@ -177,7 +178,7 @@ def understanding(path: Path) -> Iterator[None]:
     except ValueError as error:
         if str(path) in str(error):
             raise
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{path}: {describe_error(error)}") from error
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(f"{path}: its content is not what this program writes ({text})") from error
@@ -314,7 +315,7 @@ def _damage(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # decompression, encryption, sizes, names: all from bytes that are not as written
-        return f"damaged: {' '.join(str(error).split())}"
+        return f"damaged: {describe_error(error)}"
     return None if damaged is None else f"damaged at {damaged!r:.80}"
 
 

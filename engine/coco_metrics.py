@@ -23,6 +23,7 @@ from torch import Tensor
 from ops.annotation_cache import shared
 from ops.coco_columns import NO_BOX, NO_CATEGORY_ID, NO_IMAGE_ID, NO_MAPPING, is_integer, whole_number
 from ops.coco_file import CocoFile, from_content, read_coco_file
+from ops.errors import describe_error
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def box_metrics(ground_truth: GroundTruth, detections: Array, backend: MetricBac
             if backend != "auto":
                 raise
             # It saves time, but is young, and no evaluation may depend on it.
-            log.warning("hotcoco fails (%s): pycocotools computes the metrics instead", " ".join(str(error).split()))
+            log.warning("hotcoco fails (%s): pycocotools computes the metrics instead", describe_error(error))
     return _evaluate(_pycocotools, content, detections)
 
 

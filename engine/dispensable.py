@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from engine.distributed import describe_error
+from ops.errors import describe_error
 
 log = logging.getLogger(__name__)
 

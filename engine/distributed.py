@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ops.errors import describe_error
+
 T = TypeVar("T")
 
 _has_connected = False
@@ -185,14 +187,6 @@ def agreed_errors() -> Iterator[None]:
     texts = list(dict.fromkeys(message for message in messages if message is not None))
     if texts:
         raise UserError("; ".join(texts)) from problem
-
-
-def describe_error(error: BaseException) -> str:
-    """One line for the user."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

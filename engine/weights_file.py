@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from engine.whole_files import replacing
+from ops.errors import describe_error
 
 ENDING = ".safetensors"
 _KEPT = ("format", "config", "categories", "position")
@@ -43,4 +44,4 @@ def read_weights(path: Path) -> dict[str, Any]:
             header = (file.metadata() or {}).get("align_detr")
         return weights if header is None else {**json.loads(header), "weights": weights, "ema": None}
     except (SafetensorError, json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"damaged: {' '.join(str(error).split())}") from error
+        raise ValueError(f"damaged: {describe_error(error)}") from error

@@ -24,11 +24,11 @@ import config
 from datasets import CleaningReport, CocoConfig, CocoDataset
 from datasets.coco import Sample, SampleKey
 from datasets.images import UnreadableImageError, read_header
-from engine.distributed import describe_error
 from engine.evaluator import Evaluator
 from engine.lettering import lettered
 from engine.whole_files import replacing
 from ops.boxes import cxcywh_to_xyxy
+from ops.errors import describe_error
 from tools import console
 
 COLUMNS, CELL, MARGIN = 4, 300, 4

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
-from engine.distributed import describe_error
+from ops.errors import describe_error
 
 P = ParamSpec("P")
 

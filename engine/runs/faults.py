@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engine import distributed
 from engine.runs.diagnosis import StepRecord
 from engine.step import OnHost, OptimizerStep
+from ops.errors import describe_error
 from structures import Batch, BatchSize, LossOutput
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class NonFiniteSteps:
                 record.save(path, optimizer_step.module, diagnosis, self.identity)
                 text += f" (to run it again: python -m tools.replay {path})"
             except OSError as error:
-                text += f" (cannot keep it: {distributed.describe_error(error)})"
+                text += f" (cannot keep it: {describe_error(error)})"
         return "; ".join(part for part in distributed.gather(text if concerned else "") if part)
 
 

@@ -21,6 +21,7 @@ from engine import checkpoint, distributed
 from engine.runs.faults import DivergedError
 from engine.runs.run_directory import RunDirectory, launched_by
 from engine.runs.signals import Interrupted, kill_children
+from ops.errors import describe_error
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +95,9 @@ def exit_code(run: Callable[[], None]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("ALIGN_DETR_TRACEBACK"):
             raise
-        return _complain(distributed.describe_error(error), 2)
+        return _complain(describe_error(error), 2)
     except torch.OutOfMemoryError as error:
-        reason = distributed.describe_error(error).partition(". ")[0]
+        reason = describe_error(error).partition(". ")[0]
         return _complain(
             f"{reason}: raise trainer.accumulation_steps, lower data.batch_size or the image size, or recompute "
             "activations (model.gradient_checkpointing=true)",
@@ -105,7 +106,7 @@ def exit_code(run: Callable[[], None]) -> int:
     except RuntimeError as error:
         if not distributed.is_lost_peer(error):
             raise
-        reason = distributed.describe_error(error)
+        reason = describe_error(error)
         return _complain(f"lost contact with another process, whose own error says why ({reason})", 1)
     finally:
         kill_children()

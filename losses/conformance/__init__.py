@@ -17,6 +17,7 @@ from losses.conformance.invariance import INVARIANCES
 from losses.conformance.numerics import NUMERICS
 from losses.conformance.problem import Finding, Loss, PlainLoss
 from losses.criterion import Criterion
+from ops.errors import describe_error
 from structures import DetectorOutputs, Prediction, QueryGroup, Targets
 
 __all__ = ["TESTS", "Finding", "PlainLoss", "Report", "check", "of_criterion"]
@@ -75,8 +76,9 @@ def check(
         try:
             findings += test(subject)
         except Exception as error:  # whatever somebody's loss raises is what the report is about
-            message = " ".join(str(error).split())
-            findings.append(Finding(title, "fault", f"It raises {type(error).__name__} here: {message:.160}"))
+            findings.append(
+                Finding(title, "fault", f"It raises {type(error).__name__} here: {describe_error(error):.160}")
+            )
     return Report(name or str(getattr(loss, "__qualname__", loss)), tuple(findings))
 
 

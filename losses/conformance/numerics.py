@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from losses.conformance.problem import MATCHED, OTHER, QUERIES, Constants, Finding, Loss, Problem, make_problem
+from ops.errors import describe_error
 
 STEP, TOLERANCE = 1e-6, 1e-5
 """Step of finite differences, and by how much of the largest gradient they may miss it."""
@@ -133,8 +134,9 @@ def check_dtypes(loss: Loss) -> list[Finding]:
         try:
             value = loss.gradients(problem)[0]
         except (RuntimeError, TypeError, ValueError) as error:
-            message = " ".join(str(error).split())
-            findings.append(Finding("dtypes", "note", f"It raises for {given} predictions: {message:.120}"))
+            findings.append(
+                Finding("dtypes", "note", f"It raises for {given} predictions: {describe_error(error):.120}")
+            )
             continue
         off = abs(float(value) - exact) / max(abs(exact), 1e-12)
         numbers = {"given": given, "returned": str(value.dtype), "off": off}

@@ -15,7 +15,8 @@ from models.parts.backbone_weights import select_weights
 from models.parts.feature_pyramid import SimpleFeaturePyramid
 from models.parts.frozen_norms import fold_all, freeze_norms
 from models.parts.swin import accept_any_size
-from models.parts.timm_models import Channels, Outline, names_in_whole, one_line, outline, parameters_of_maps
+from models.parts.timm_models import Channels, Outline, names_in_whole, outline, parameters_of_maps
+from ops.errors import describe_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +223,7 @@ def _create(config: BackboneConfig, found: Outline, load_weights: bool) -> Any:
         return timm.create_model(config.model, pretrained=config.pretrained, **options)
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"the weights of {config.model} cannot be had ({one_line(error)}); without network set "
+            f"the weights of {config.model} cannot be had ({describe_error(error):.160}); without network set "
             "model.backbone.pretrained to a local file, or to false (with norm: batch, frozen_stages: 0) to train "
             "from scratch"
         ) from error

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.parts.timm_models import names_in_whole, one_line
+from models.parts.timm_models import names_in_whole
+from ops.errors import describe_error
 
 
 def select_weights(body: nn.Module, whole: nn.Module, path: str, model: str, used: frozenset[str]) -> dict[str, Tensor]:
@@ -31,7 +32,7 @@ def select_weights(body: nn.Module, whole: nn.Module, path: str, model: str, use
         try:
             state = convert(state, whole)
         except Exception as error:  # it was written for files of its own family, and says so in its own way
-            raise ValueError(f"{path}: does not fit backbone {model} ({one_line(error)})") from error
+            raise ValueError(f"{path}: does not fit backbone {model} ({describe_error(error):.160})") from error
     names, expected = names_in_whole(body, whole), body.state_dict()
     idle = {name for name, parameter in whole.named_parameters() if parameter.requires_grad} - used
     names = {key: name for key, name in names.items() if name not in idle}
@@ -69,7 +70,7 @@ def _read(path: str) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # every reader has its own exceptions; all mean the same to the user
-        raise ValueError(f"{path}: not a readable weight file ({one_line(error)})") from error
+        raise ValueError(f"{path}: not a readable weight file ({describe_error(error):.160})") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

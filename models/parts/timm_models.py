@@ -14,6 +14,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from models.parts.swin import accept_any_size
+from ops.errors import describe_error
 
 _PROBE = (97, 161)
 """Height and width, in pixels, that no model's windows, patches or strides divide."""
@@ -64,7 +65,9 @@ def outline(name: str, dilation: bool = False) -> Outline:
     except Exception as error:  # models refuse in many ways what they were not written for
         if dilation:
             raise ValueError(f"model.backbone.dilation: {name} has no dilated form") from error
-        raise ValueError(f"model.backbone.model: {name} cannot be cut into stages ({one_line(error)})") from error
+        raise ValueError(
+            f"model.backbone.model: {name} cannot be cut into stages ({describe_error(error):.160})"
+        ) from error
     stages = tuple(Stage(int(stage["reduction"]), str(stage["module"])) for stage in cut.feature_info.info)
     if dilation and stages[-1].stride != 16:
         raise ValueError(f"model.backbone.dilation: {name} does not give its last stage stride 16")
@@ -98,7 +101,7 @@ def pixel_statistics(name: str) -> tuple[Channels, Channels]:
     try:
         trained: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
-        raise ValueError(f"model.backbone.model: {name} cannot be used ({one_line(error)})") from error
+        raise ValueError(f"model.backbone.model: {name} cannot be used ({describe_error(error):.160})") from error
     mean, std = ((float(red), float(green), float(blue)) for red, green, blue in (trained.mean, trained.std))
     return mean, std
 
@@ -202,8 +205,3 @@ def _size_multiple(cut: Any, name: str) -> int:
                 raise ValueError(f"model.backbone.model: {name} gives maps of other strides than it states")
         return multiple
     raise ValueError(f"model.backbone.model: {name} takes only images of {own} × {own} pixels")
-
-
-def one_line(error: Exception) -> str:
-    """Return the start of an error's message on one line."""
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.errors import describe_error
+
 
 class Inert:
     """Stands in for an object of a training program; takes whatever the file says about it and does nothing."""
@@ -63,8 +65,7 @@ def read(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(path, error)) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{path}: not a readable PyTorch checkpoint ({reason})") from error
+        raise ValueError(f"{path}: not a readable PyTorch checkpoint ({describe_error(error):.160})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
     return content
@@ -76,7 +77,7 @@ def _refusal(path: Path, error: pickle.UnpicklingError) -> str:
     except (ValueError, RuntimeError, OSError, pickle.UnpicklingError):
         names = ""
     if not names:
-        return f"{path}: not a readable PyTorch checkpoint ({' '.join(str(error).split())[:160]})"
+        return f"{path}: not a readable PyTorch checkpoint ({describe_error(error):.160})"
     return (
         f"{path}: refused, it asks for {names}, and to load these could execute code. If you trust its source, "
         "re-save the tensors alone in the environment that wrote it: "

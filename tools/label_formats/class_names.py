@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import yaml
 
+from ops.errors import describe_error
 from tools.label_formats.labels import read_text
 
 
@@ -48,7 +49,7 @@ def _from_yaml(path: Path, text: str) -> ClassNames:
     try:
         root = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # values such as dates can be wrong in other ways
-        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())[:100]})") from error
+        raise ValueError(f"{path}: not valid YAML ({describe_error(error):.100})") from error
     entries = root.value if isinstance(root, yaml.MappingNode) else []
     values = {key.value: value for key, value in entries if isinstance(key, yaml.ScalarNode)}
     names, shape = values.get("names"), values.get("kpt_shape")

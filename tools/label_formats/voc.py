@@ -13,6 +13,7 @@ from datasets.annotations import CleaningReport
 from datasets.image_files import EXTENSIONS, image_files
 from datasets.images import read_header
 from ops.coco_columns import CROWD_UNCLEAR, read_flag
+from ops.errors import describe_error
 from tools.label_formats.labels import LabelledBox, LabelledFile, parse_number, read_text
 
 Difficult = Literal["keep", "crowd", "drop"]
@@ -96,7 +97,7 @@ def _parse(file: Path) -> ElementTree.Element:
             return ElementTree.fromstring(data[stated.end() :].decode(stated[1].decode()))
         return ElementTree.fromstring(data)
     except (ElementTree.ParseError, LookupError, ValueError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = describe_error(error)[:100]
         raise ValueError(f"{file}: not valid XML in UTF-8 or the encoding that it states ({reason})") from error
 
 
