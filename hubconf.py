@@ -17,18 +17,18 @@ if str(ROOT) not in sys.path:  # torch.hub takes it away after loading, but some
 
 
 def detector(checkpoint: str, **options: Any) -> Any:
-    """Load any detector of this project; a ``tools.detector.Detector``, which is called with images.
+    """Load any detector of this project; a ``tools.predictor.Predictor``, which is called with images.
 
     Args:
         checkpoint: of training, of ``tools.import_checkpoint``, or weights as safetensors; its configuration is inside.
-        options: ``device``, ``batch_size`` and ``overrides`` of ``Detector``.
+        options: ``device``, ``batch_size`` and ``overrides`` of ``Predictor``.
 
     Raises:
         ValueError: the file is no checkpoint, or an option is wrong.
     """
-    from tools.detector import Detector
+    from tools.predictor import Predictor
 
-    return Detector(checkpoint, **options)
+    return Predictor(checkpoint, **options)
 
 
 def align_dino_r50(checkpoint: str | None = None, num_classes: int = 80, **options: Any) -> Any:

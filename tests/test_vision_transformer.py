@@ -15,7 +15,7 @@ from datasets.shapes import ShapesConfig, generate
 from engine import checkpoint
 from models import BackboneConfig, DINOConfig
 from tools import export
-from tools.detector import Detector
+from tools.predictor import Predictor
 
 SMALL, LARGE = "test_vit", "vit_small_patch14_dinov2"
 STRIDES = {SMALL: [8, 16, 32], LARGE: [7, 14, 28]}
@@ -83,7 +83,7 @@ def test_it_trains_and_predicts(model: str, trained: bool, tmp_path: Path, capsy
     assert len(moved) > 12 * depth
     assert any(moved.values()) == trained
     assert moved["blocks.0.attn.qkv.weight"] == moved["patch_embed.proj.weight"] == trained
-    detector = Detector(last)
+    detector = Predictor(last)
     own = timm.get_pretrained_cfg(model)
     assert detector.config.data.pixel_statistics == (own.mean, own.std)
     seen = []

@@ -48,7 +48,7 @@ from ops.boxes import cxcywh_to_xyxy
 from ops.ms_deform_attn import set_default_backend
 from structures import Batch, DetectorOutputs, Looking
 from tools import console
-from tools.detector import load_model
+from tools.predictor import load_model
 
 PROGRESS_SECONDS = 20.0
 

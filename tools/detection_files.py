@@ -17,7 +17,7 @@ from engine.lettering import lettered
 from engine.pictures import COLOURS
 from engine.whole_files import replacing
 from structures import Detections
-from tools.detector import Detector
+from tools.predictor import Predictor
 from tools.video import Writer
 
 RESULTS = "detections.json"
@@ -116,10 +116,10 @@ def output_path(
 class Output:
     """Writes what is found, below a folder in which nothing of others is replaced."""
 
-    def __init__(self, options: argparse.Namespace, detector: Detector) -> None:
+    def __init__(self, options: argparse.Namespace, predictor: Predictor) -> None:
         self.out, self.pictures, self.also = options.out, not options.no_pictures, options.also
         self.threshold: float = options.threshold
-        self.names, self.category_ids = detector.class_names, [category.id for category in detector.categories]
+        self.names, self.category_ids = predictor.class_names, [category.id for category in predictor.categories]
         self.results: list[dict[str, Any]] = []
         self.out.mkdir(parents=True, exist_ok=True)
         # Without the file that says what was found these pictures are not of an earlier call.

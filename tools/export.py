@@ -32,7 +32,7 @@ from engine.weights_file import write_weights
 from models import Detector
 from structures import Images
 from tools import console
-from tools.detector import load_model
+from tools.predictor import load_model
 
 Format = Literal["onnx", "torch_export", "safetensors"]
 Outputs = tuple[Tensor, Tensor, Tensor]

@@ -37,7 +37,7 @@ from ops.coco_file import read_coco_file
 from structures import Detections
 from tools import console
 from tools.detection_files import Output
-from tools.detector import Detector, to_pixels
+from tools.predictor import Predictor, to_pixels
 from tools.video import ENDINGS, open_video, write_video
 from tools.views import Views
 
@@ -135,26 +135,31 @@ class Progress:
 
 
 def predict_files(
-    detector: Detector, sources: Sequence[Source], threshold: float, progress: Progress, views: Views
+    predictor: Predictor, sources: Sequence[Source], threshold: float, progress: Progress, views: Views
 ) -> Iterator[tuple[int, Tensor | None, Detections | str]]:
     """(index, pixels, detections) of each file in order; (index, None, reason) where it cannot be read."""
-    for start in range(0, len(sources), detector.batch_size):
+    for start in range(0, len(sources), predictor.batch_size):
         readable: list[tuple[int, Tensor]] = []
         results: dict[int, tuple[Tensor | None, Detections | str]] = {}
-        for index in range(start, min(start + detector.batch_size, len(sources))):
+        for index in range(start, min(start + predictor.batch_size, len(sources))):
             try:
                 readable.append((index, to_pixels(sources[index].path)))
             except UnreadableImageError as error:
                 results[index] = (None, str(error))
-        found = views(detector, [pixels for _, pixels in readable], threshold)
+        found = views(predictor, [pixels for _, pixels in readable], threshold)
         results.update((index, (pixels, f)) for (index, pixels), f in zip(readable, found, strict=True))
         for index in sorted(results):
             yield index, *results[index]
-        progress.show(min(start + detector.batch_size, len(sources)))
+        progress.show(min(start + predictor.batch_size, len(sources)))
 
 
 def predict_pictures(
-    detector: Detector, sources: Sequence[Source], ids: Sequence[int], rate: float | None, views: Views, output: Output
+    predictor: Predictor,
+    sources: Sequence[Source],
+    ids: Sequence[int],
+    rate: float | None,
+    views: Views,
+    output: Output,
 ) -> list[str]:
     """Find objects in image files and write them, each picture or, at a ``rate`` of frames a second, one video.
 
@@ -164,7 +169,7 @@ def predict_pictures(
     skipped: list[str] = []
     with ExitStack() as files:
         writer = None
-        for index, pixels, found in predict_files(detector, sources, output.threshold, Progress(len(sources)), views):
+        for index, pixels, found in predict_files(predictor, sources, output.threshold, Progress(len(sources)), views):
             if pixels is None or isinstance(found, str):
                 skipped.append(str(found))
                 continue
@@ -175,7 +180,7 @@ def predict_pictures(
     return skipped
 
 
-def predict_video(detector: Detector, source: Source, first_id: int, views: Views, output: Output) -> int:
+def predict_video(predictor: Predictor, source: Source, first_id: int, views: Views, output: Output) -> int:
     """Find objects in every frame, write the video with them, and return the number of frames.
 
     Raises:
@@ -187,8 +192,8 @@ def predict_video(detector: Detector, source: Source, first_id: int, views: View
         writer = None
         if output.pictures:
             writer = files.enter_context(write_video(output.target(source.name, ".mp4"), video.rate))
-        for frames in batched(video, detector.batch_size):
-            for pixels, found in zip(frames, views(detector, frames, output.threshold), strict=True):
+        for frames in batched(video, predictor.batch_size):
+            for pixels, found in zip(frames, views(predictor, frames, output.threshold), strict=True):
                 output.add(found, pixels, first_id + count, source.name, frame=count, writer=writer)
                 count += 1
             progress.show(min(count, progress.total))
@@ -215,20 +220,20 @@ def run(options: argparse.Namespace) -> int:
     if options.video is not None:
         sources.sort(key=lambda source: source.place)
     ids = image_numbers(sources, options.annotations)
-    detector = Detector(options.resume, device=options.device, batch_size=options.batch_size, overrides=options.set)
-    output = Output(options, detector)
+    predictor = Predictor(options.resume, device=options.device, batch_size=options.batch_size, overrides=options.set)
+    output = Output(options, predictor)
     skipped: list[str] = []
     start = 0
     for _, group in groupby(sources, lambda source: options.video and source.path.parent):
         members = list(group)
         own_ids = ids[start : start + len(members)]
-        skipped += predict_pictures(detector, members, own_ids, options.video, views, output)
+        skipped += predict_pictures(predictor, members, own_ids, options.video, views, output)
         start += len(members)
     images = len(sources) - len(skipped)
     next_id = max(ids, default=0) + 1
     for video in videos:
         try:
-            frames = predict_video(detector, video, next_id, views, output)
+            frames = predict_video(predictor, video, next_id, views, output)
             next_id, images = next_id + frames, images + frames
         except ValueError as error:
             skipped.append(str(error))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from structures import Detections
-from tools.detector import Detector
+from tools.predictor import Predictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +36,23 @@ class Views:
         if not self.scales or min(self.scales) <= 0.0 or not 0.0 < self.merge_iou <= 1.0:
             raise ValueError(f"scales must be positive and merge_iou in (0, 1], got {self.scales}, {self.merge_iou}")
 
-    def __call__(self, detector: Detector, images: Sequence[Tensor], threshold: float) -> list[Detections]:
+    def __call__(self, predictor: Predictor, images: Sequence[Tensor], threshold: float) -> list[Detections]:
         """Detect in images [3, H, W] uint8 as the detector does, best first; a single look is left as it is."""
         if self == Views(merge_iou=self.merge_iou, overlap=self.overlap):
-            return detector(images, threshold)
-        return [self._look(detector, image, threshold) for image in images]
+            return predictor(images, threshold)
+        return [self._look(predictor, image, threshold) for image in images]
 
-    def _look(self, detector: Detector, image: Tensor, threshold: float) -> Detections:
+    def _look(self, predictor: Predictor, image: Tensor, threshold: float) -> Detections:
         size = int(image.shape[1]), int(image.shape[2])
         windows = [(0, 0, *size)] if self.tile is None else [(0, 0, *size), *tiles(size, self.tile, self.overlap)]
         parts = [image[:, top : top + height, left : left + width] for top, left, height, width in windows]
         found = []
         for scale in self.scales:
             for mirrored in (False, True) if self.flip else (False,):
-                looks = detector([part.flip(-1) if mirrored else part for part in parts], threshold, scale)
+                looks = predictor([part.flip(-1) if mirrored else part for part in parts], threshold, scale)
                 found += [_placed(*look, mirrored, size) for look in zip(looks, windows, strict=True)]
         scores, labels, boxes = (torch.cat(values) for values in zip(*found, strict=True))
-        kept = batched_nms(boxes, scores, labels, self.merge_iou)[: detector.config.model.detections_per_image]
+        kept = batched_nms(boxes, scores, labels, self.merge_iou)[: predictor.config.model.detections_per_image]
         return Detections(scores[kept], labels[kept], boxes[kept])
 
 

@@ -22,7 +22,7 @@ from engine.runs.signals import Interrupted
 from engine.step import OptimizerStep
 from schema import plain
 from tools import analyze
-from tools.detector import Detector
+from tools.predictor import Predictor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
 from family import FAMILY, criterion_for
@@ -89,7 +89,7 @@ def test_it_trains_resumes_fine_tunes_predicts_and_is_analysed(
         torch.testing.assert_close(value, typing.cast(Any, best)[key], msg=key)
 
     picture = next((data / "images" / "val").iterdir())
-    (found,) = Detector(file, device="cpu")([picture])
+    (found,) = Predictor(file, device="cpu")([picture])
     assert len(found.scores) == min(20, 12 if FAMILY[name].no_object else 20)
     assert bool(found.boxes_xyxy.isfinite().all())
     drawn: list[Any] = []

@@ -11,7 +11,7 @@ import torch
 
 from structures import Images
 from tools import export
-from tools.detector import load_model
+from tools.predictor import load_model
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
 

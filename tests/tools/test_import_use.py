@@ -15,7 +15,7 @@ import main
 from engine.runs.transfer import initialise_from
 from tools import import_checkpoint
 from tools.checkpoint_layouts import COCO
-from tools.detector import Detector
+from tools.predictor import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_evaluation_needs_only_paths_and_speaks_of_the_right_categories(
     paths = write_images(tmp_path)
     # What the model finds becomes the truth, with category ids: everything above one score, so that AP must be 100.
     overrides = ["data.val.transforms=[]"]
-    found = Detector(imported, device="cpu", overrides=overrides)(paths)
+    found = Predictor(imported, device="cpu", overrides=overrides)(paths)
     threshold = float(torch.cat([detections.scores for detections in found]).topk(30).values[-1])
     annotations = []
     for image_id, detections in enumerate(found, 1):

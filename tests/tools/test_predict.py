@@ -16,12 +16,12 @@ from datasets.collate import make_batch
 from engine.pictures import COLOURS
 from structures import Detections
 from tools import detection_files, predict
-from tools.detector import Detector, to_pixels
+from tools.predictor import Predictor, to_pixels
 
 
 @pytest.fixture(scope="module")
-def detector(tiny_checkpoint: Path) -> Detector:
-    return Detector(tiny_checkpoint, device="cpu", batch_size=2)
+def detector(tiny_checkpoint: Path) -> Predictor:
+    return Predictor(tiny_checkpoint, device="cpu", batch_size=2)
 
 
 def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -36,7 +36,7 @@ def assert_same(left: Detections, right: Detections) -> None:
     torch.testing.assert_close(left.boxes_xyxy, right.boxes_xyxy, atol=1e-2, rtol=0)
 
 
-def test_every_kind_of_image_gives_the_same(detector: Detector, tmp_path: Path) -> None:
+def test_every_kind_of_image_gives_the_same(detector: Predictor, tmp_path: Path) -> None:
     array = pixels(70, 90)
     file = tmp_path / "a.png"
     Image.fromarray(array).save(file)
@@ -50,7 +50,7 @@ def test_every_kind_of_image_gives_the_same(detector: Detector, tmp_path: Path) 
         assert_same(first, other)
 
 
-def test_batches_and_order_change_nothing(detector: Detector) -> None:
+def test_batches_and_order_change_nothing(detector: Predictor) -> None:
     images = [pixels(70, 90, 1), pixels(90, 70, 2), pixels(70, 90, 3), pixels(35, 45, 4), pixels(70, 90, 5)]
     together = detector(images)
     for image, found in zip(images, together, strict=True):
@@ -58,7 +58,7 @@ def test_batches_and_order_change_nothing(detector: Detector) -> None:
     assert detector([]) == []
 
 
-def test_threshold_cuts_the_end(detector: Detector) -> None:
+def test_threshold_cuts_the_end(detector: Predictor) -> None:
     image = pixels(70, 90)
     everything = detector([image])[0]
     threshold = float(everything.scores[4])
@@ -67,7 +67,7 @@ def test_threshold_cuts_the_end(detector: Detector) -> None:
     assert_same(cut, Detections(*(part[:5] for part in everything)))
 
 
-def test_the_same_as_in_evaluation(detector: Detector, tmp_path: Path) -> None:
+def test_the_same_as_in_evaluation(detector: Predictor, tmp_path: Path) -> None:
     Image.fromarray(pixels(70, 90)).save(tmp_path / "a.png")
     content = {
         "images": [{"id": 1, "file_name": "a.png", "width": 90, "height": 70}],
@@ -159,7 +159,7 @@ def test_the_command(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
     assert {entry["image_id"] for entry in results} == {1, 2, 4, 6}
     assert {entry["category_id"] for entry in results} <= {1, 4, 9}
     assert min(entry["score"] for entry in results) >= 0.05
-    expected = Detector(tiny_checkpoint, device="cpu")([images / "b.jpg"], 0.05)[0]
+    expected = Predictor(tiny_checkpoint, device="cpu")([images / "b.jpg"], 0.05)[0]
     own = [entry for entry in results if entry["image_id"] == 2]
     assert [entry["score"] for entry in own] == pytest.approx(expected.scores.tolist(), abs=2e-5)
     x0, y0, x1, y1 = expected.boxes_xyxy[0].tolist()

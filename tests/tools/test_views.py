@@ -17,7 +17,7 @@ from torchvision.ops import box_iou
 
 from structures import Detections
 from tools import detection_files, predict, video
-from tools.detector import Detector
+from tools.predictor import Predictor
 from tools.views import Views, tiles
 
 VIDEO = importlib.util.find_spec("av") is not None
@@ -111,7 +111,7 @@ def test_impossible_views_are_refused(settings_: dict[str, object]) -> None:
 
 
 def test_a_scale_is_a_factor_on_the_size_of_evaluation(tiny_checkpoint: Path) -> None:
-    detector = Detector(tiny_checkpoint, device="cpu")
+    detector = Predictor(tiny_checkpoint, device="cpu")
     seen = []
     detector.model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].pixels.shape[2:])))
     picture = np.zeros((70, 90, 3), dtype=np.uint8)
@@ -187,7 +187,7 @@ def test_every_frame_of_a_video_is_predicted_and_drawn(
     results = json.loads((out / "detections.json").read_text())
     frames = [entry for entry in results if entry["file_name"] == "clip.mp4"]
     assert {(entry["image_id"], entry["frame"]) for entry in frames} == {(2 + i, i) for i in range(5)}
-    detector = Detector(tiny_checkpoint, device="cpu")
+    detector = Predictor(tiny_checkpoint, device="cpu")
     with video.open_video(tmp_path / "clip.mp4") as opened:
         third = list(opened)[3]
     expected = detection_files.coco_results(detector([third])[0], 5, "clip.mp4", [1, 4, 9])
@@ -231,6 +231,6 @@ def test_numbered_pictures_become_a_video_of_each_folder(tiny_checkpoint: Path, 
     results = json.loads((out / "detections.json").read_text())
     order = list(dict.fromkeys(entry["file_name"] for entry in results))
     assert order == ["f1.png", "f2.png", "f10.png", "f11.png", "sub/7.png"]
-    found = Detector(tiny_checkpoint, device="cpu")([tmp_path / "clip/f11.png"])[0]
+    found = Predictor(tiny_checkpoint, device="cpu")([tmp_path / "clip/f11.png"])[0]
     scores = [entry["score"] for entry in results if entry["file_name"] == "f11.png"]
     assert scores == pytest.approx(found.scores.tolist(), abs=2e-5)

@@ -13,7 +13,7 @@ from engine import checkpoint
 from engine.runs import session
 from engine.runs.transfer import initialise_from
 from tools import export, fork
-from tools.detector import Detector, load_model
+from tools.predictor import Predictor, load_model
 
 ROOT = Path(__file__).parents[2]
 PICTURE = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
@@ -26,13 +26,13 @@ def weights(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
-def same(first: Detector, second: Detector) -> bool:
+def same(first: Predictor, second: Predictor) -> bool:
     found = [detector([PICTURE], threshold=0.0)[0] for detector in (first, second)]
     return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_predictions_configuration_and_classes_are_the_checkpoints(tiny_checkpoint: Path, weights: Path) -> None:
-    before, after = Detector(tiny_checkpoint), Detector(weights)
+    before, after = Predictor(tiny_checkpoint), Predictor(weights)
     assert same(before, after)
     assert config.to_dict(before.config) == config.to_dict(after.config)
     assert before.categories == after.categories
@@ -75,7 +75,7 @@ def test_of_another_program_the_tensors_alone_are_read(weights: Path, tmp_path: 
     fresh = config.from_dict(checkpoint.load(weights).state["config"]).model.build(3)
     assert not initialise_from(fresh, plain, [[1, "a"], [2, "b"], [3, "c"]], by_class=()).fresh
     with pytest.raises(ValueError, match="not a checkpoint of this program"):
-        Detector(plain)
+        Predictor(plain)
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "empty"])
@@ -84,7 +84,7 @@ def test_damaged_files_are_one_line(weights: Path, tmp_path: Path, damage: str) 
     broken = {"cut": content[: len(content) // 2], "noise": b"\xff" * 500, "empty": b""}[damage]
     (tmp_path / "x.safetensors").write_bytes(broken)
     with pytest.raises(ValueError, match=r"x\.safetensors: cannot be read as a checkpoint \(damaged: ") as error:
-        Detector(tmp_path / "x.safetensors")
+        Predictor(tmp_path / "x.safetensors")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"a safetensors file ends in \.safetensors"):
         export.export(weights, "safetensors", tmp_path / "x.pth")
@@ -96,7 +96,7 @@ def test_torch_hub_loads_from_a_folder(
     monkeypatch.chdir(tmp_path)
     for path in (tiny_checkpoint, weights):
         found = torch.hub.load(str(ROOT), "align_dino_r50", source="local", checkpoint=str(path), device="cpu")
-        assert same(found, Detector(path))
+        assert same(found, Predictor(path))
     with pytest.raises(ValueError, match="there is no such checkpoint"):
         torch.hub.load(str(ROOT), "detector", source="local", checkpoint="gone.pth")
     untrained = torch.hub.load(str(ROOT), "align_dino_r50", source="local", num_classes=3)

@@ -1,11 +1,11 @@
 """A trained detector as a Python object: images in, detections out.
 
-from tools.detector import Detector
+from tools.predictor import Predictor
 
-detector = Detector("runs/k3/checkpoint_best.pth")
-for found in detector(["photo.jpg", array, picture, tensor], threshold=0.4):
+predictor = Predictor("runs/k3/checkpoint_best.pth")
+for found in predictor(["photo.jpg", array, picture, tensor], threshold=0.4):
     for score, label, box in zip(*found):
-        print(detector.class_names[label], f"{score:.2f}", box.tolist())
+        print(predictor.class_names[label], f"{score:.2f}", box.tolist())
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def load_model(
     return model.eval().to(device), config, categories
 
 
-class Detector:
+class Predictor:
     """Finds objects in images of any size and kind."""
 
     def __init__(
