@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 from engine import checkpoint, distributed
 from engine.gradient_parts import PARTS, Match, cosines, gradient_parts
+from engine.records import read_records
 from engine.run_log import finite
 from engine.runs.signals import StopRequest
 from engine.step import seed_step
 from engine.trainer import Trainer
+from engine.whole_files import replacing
 from experiments.comparison import Group, value_of
 from experiments.intervals import Intervals
 from experiments.runs import read_run
@@ -76,21 +78,26 @@ def go_on(trainer: Trainer, at: int) -> Path:
     return trainer.directory / checkpoint.LAST
 
 
-def side_by_side(branches: Mapping[str, Branch], every: int) -> Iterator[Record]:
+def side_by_side(branches: Mapping[str, Branch], every: int, at: int, known: int) -> Iterator[Record]:
     """Train all branches to their ends, a step of each after the other.
 
     Args:
-        branches: at the same step, with the same seed and the same data, logging every step.
+        branches: with the same seed and the same data, logging every step.
         every: steps between two times at which gradients are taken apart, the first step being one.
+        at: step of the fork.
+        known: step up to which records are there already, and at or before which each branch is.
 
     Yields:
-        For each step of each branch ``kind`` step, ``branch``, ``step``, what the trainer logs, ``cosines`` between its
-        gradient and those of the others, each at its own weights, and now and then ``norms`` and ``shares``.
+        For each further step of each branch ``kind`` step, ``branch``, ``step``, what the trainer logs, ``cosines``
+        between its gradient and those of the others, each at its own weights, now and then ``norms`` and ``shares``.
     """
     with StopRequest() as stop:
         streams = {name: branch.trainer.steps(stop) for name, branch in branches.items()}
         coming = {name: next(stream, None) for name, stream in streams.items()}
-        for taken in itertools.count():
+        for name, branch in branches.items():
+            while branch.trainer.step < known:
+                coming[name] = next(streams[name], None)
+        for taken in itertools.count(known - at):
             parts: dict[str, Record] = {}
             for name, ready in coming.items():
                 if ready is None:
@@ -109,6 +116,25 @@ def side_by_side(branches: Mapping[str, Branch], every: int) -> Iterator[Record]
                     "cosines": others,
                     **part,
                 }
+
+
+def forget_unfinished(path: Path, names: Sequence[str], at: int) -> int:
+    """Remove results and records of steps that not all branches have; returns the last step that all have.
+
+    Args:
+        path: of fork.jsonl.
+        names: of the branches.
+        at: step of the fork.
+    """
+    records = read_records(path)
+    taken = {(record["branch"], record["step"]) for record in records if record["kind"] == "step"}
+    last = at
+    while all((name, last + 1) in taken for name in names):
+        last += 1
+    kept = [r for r in records if r["kind"] in ("fork", "branch") or (r["kind"] == "step" and r["step"] <= last)]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
+    return last
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:

@@ -22,18 +22,29 @@ if not __package__:  # run as a file
 
 import config as configuration
 from config import Config
-from engine import checkpoint, distributed
+from engine import checkpoint
 from engine.records import read_records
 from engine.runs import session
 from engine.runs.run_directory import LOG, RunDirectory
-from engine.step import configure_device
-from experiments.fork import FIGURE, RECORDS, Branch, append, choose_checkpoint, go_on, results, side_by_side, table
+from engine.runs.signals import Interrupted
+from experiments.fork import (
+    FIGURE,
+    RECORDS,
+    Branch,
+    append,
+    choose_checkpoint,
+    forget_unfinished,
+    go_on,
+    results,
+    side_by_side,
+    table,
+)
 from experiments.fork_figure import draw_fork
 from experiments.grid import combinations, parse_grid
 from experiments.intervals import Intervals
-from experiments.plan import Plan, PlannedRun, make_plan, without_machine, write_manifest
+from experiments.plan import Plan, PlannedRun, make_plan, read_manifest, without_machine, write_manifest
 from experiments.sweep_file import Sweep
-from main import prepare
+from main import on_device, prepare
 from tools import console
 from tools.sweep import decode
 
@@ -76,18 +87,26 @@ def plan_branches(args: argparse.Namespace, base: Config) -> Plan:
     return make_plan(Sweep(cfg=file, baseline=baseline, variants=variants), args.out, decode)
 
 
-def build(plan: Plan, run: PlannedRun, fork_point: Path, device: torch.device, *, record: bool = True) -> Branch:
-    """A branch at the fork; one that is not recorded has no directory of its own."""
-    out = plan.directory(run) if record else plan.out / TRUNK
+def build(plan: Plan, run: PlannedRun, start: Path, device: torch.device, *, resuming: bool | None) -> Branch:
+    """A branch that goes on from a checkpoint, of its own where ``resuming``; None: it has no directory of its own."""
+    out = plan.directory(run) if resuming is not None else plan.out / TRUNK
     cfg = configuration.load(plan.cfg, [*run.overrides, f"output_dir={out}"])
     # Each reads the file anew: an optimizer may keep the very tensors that it is given.
-    directory = RunDirectory(out, resuming=False) if record else None
-    return Branch(prepare(cfg, device, directory, checkpoint.load(fork_point)), cfg.criterion.match)
+    directory = RunDirectory(out, resuming=resuming) if resuming is not None else None
+    return Branch(prepare(cfg, device, directory, checkpoint.load(start)), cfg.criterion.match)
+
+
+def start_of(directory: Path, step: int, fork_point: Path) -> Path:
+    """The checkpoint from which a branch comes to ``step`` soonest, as it did before."""
+    try:
+        return choose_checkpoint(directory, step).path
+    except ValueError:  # there is none of its own before that step
+        return fork_point
 
 
 def matched(plan: Plan, fork_point: Path, device: torch.device) -> Plan:
     """The plan with weights at which class and box terms of every branch are as hot at the fork as the baseline's."""
-    heat = {run.variant: build(plan, run, fork_point, device, record=False).heat() for run in plan.runs}
+    heat = {run.variant: build(plan, run, fork_point, device, resuming=None).heat() for run in plan.runs}
     runs = []
     for run in plan.runs:
         pairs = zip(heat[plan.baseline].values(), heat[run.variant].values(), strict=True)
@@ -108,36 +127,60 @@ def fork(args: argparse.Namespace) -> None:
         raise ValueError("tools.fork trains its branches in one process: start it with python, not with torchrun")
     if min(args.steps, args.parts_every) < 1 or args.samples < 0:
         raise ValueError("--steps and --parts-every must be at least 1, and --samples must not be negative")
-    loaded = choose_checkpoint(args.source, args.at)
+    records = args.out / RECORDS
+    asked = {name: value for name, value in vars(args).items() if name not in ("out", "samples")}
+    asked["source"] = str(args.source)
+    former = read_records(records)
+    if (records.exists() or read_manifest(args.out)) and (not former or former[0].get("asked") != asked):
+        raise ValueError(f"{args.out} holds a sweep, or a fork with other options: choose another --out")
+    loaded = choose_checkpoint(args.source, former[0]["step"] if former else args.at)
     position = loaded.state["position"]
-    at = position["step"] if args.at is None else args.at
+    at = former[0]["step"] if former else position["step"] if args.at is None else args.at
     settings = [*args.set, "trainer.log_every=1", f"trainer.stop_after={at + args.steps}", f"output_dir={args.out}"]
     with checkpoint.understanding(loaded.path):
         base = configuration.from_dict(loaded.state["config"], settings, str(loaded.path))
     if base.schedule.total_steps(position["steps_per_epoch"]) < at + args.steps:
         raise ValueError(f"{loaded.path}: its schedule ends before step {at + args.steps}: lower --at or --steps")
-    trunk = RunDirectory(args.out / TRUNK, resuming=False)
-    records = args.out / RECORDS
-    if records.exists():
-        raise ValueError(f"{args.out} holds a fork already: choose another --out")
+    trunk = RunDirectory(args.out / TRUNK, resuming=bool(former))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", filename=args.out / LOG, force=True)
-    device = distributed.choose_device(base.trainer.device)
-    configure_device(device, tf32=base.trainer.tf32, deterministic=base.trainer.deterministic)
-    plan, fork_point = plan_branches(args, base), loaded.path
-    if position["step"] < at:
-        print(f"going on from step {position['step']} to the fork at {at} …", flush=True)
-        unevaluated = ["trainer.eval_every_steps=null", "trainer.eval_every_epochs=null", f"output_dir={trunk.path}"]
-        fork_point = go_on(prepare(configuration.load(plan.cfg, unevaluated), device, trunk, loaded), at)
-    if args.match_norms:
+    plan = plan_branches(args, base)
+    if not former:
+        append(records, {"kind": "fork", "step": at, "asked": asked})
+    with on_device(base) as device:
+        latest, _ = checkpoint.find_latest(trunk.path)
+        start = latest or loaded
+        fork_point = start.path
+        if (step := start.state["position"]["step"]) < at:
+            print(f"going on from step {step} to the fork at {at} …", flush=True)
+            unevaluated = ["trainer.eval_every_steps=null", "trainer.eval_every_epochs=null"]
+            cfg = configuration.load(plan.cfg, [*unevaluated, f"output_dir={trunk.path}"])
+            fork_point = go_on(prepare(cfg, device, trunk, start), at)
+        train_branches(args, plan, fork_point, at, device)
+
+
+def train_branches(args: argparse.Namespace, plan: Plan, fork_point: Path, at: int, device: torch.device) -> None:
+    """Train what the records lack, and compare the branches."""
+    records = args.out / RECORDS
+    if (former := read_manifest(args.out)) is not None:
+        plan = former  # with the weights that were matched
+    elif args.match_norms:
         plan = matched(plan, fork_point, device)
     write_manifest(plan)
-    branches = {str(run.variant): build(plan, run, fork_point, device) for run in plan.runs}
-    for run, (trainer, _) in zip(plan.runs, branches.values(), strict=True):
-        about = {"source": str(args.source), "step": at, "baseline": run.variant == plan.baseline}
-        identity = {key: trainer.identity[key] for key in ("data", "environment")}
-        append(records, {"kind": "branch", "branch": run.variant, **about, "overrides": run.overrides, **identity})
-    print(f"{len(branches)} branches of {args.steps} steps: {', '.join(branches)}", flush=True)
-    for record in side_by_side(branches, args.parts_every):
+    runs = {str(run.variant): run for run in plan.runs}
+    step = forget_unfinished(records, list(runs), at)
+    known = {record.get("branch") for record in read_records(records)}
+    branches = {}
+    for name, run in runs.items():
+        start = start_of(plan.directory(run), step, fork_point)
+        branches[name] = build(plan, run, start, device, resuming=former is not None)
+    for name, run in runs.items():
+        if name not in known:
+            about = {"source": str(args.source), "step": at, "baseline": run.variant == plan.baseline}
+            identity = {key: branches[name].trainer.identity[key] for key in ("data", "environment")}
+            append(records, {"kind": "branch", "branch": name, **about, "overrides": run.overrides, **identity})
+    went = f", {step - at} of them taken before" if step > at else ""
+    print(f"{len(branches)} branches of {args.steps} steps{went}: {', '.join(branches)}", flush=True)
+    for record in side_by_side(branches, args.parts_every, at, step):
         append(records, record)
     report(plan, records, args.samples)
 
@@ -161,7 +204,15 @@ def report(plan: Plan, records: Path, samples: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = parse_arguments(arguments)
-    return session.exit_code(lambda: fork(args))
+
+    def run() -> None:
+        try:
+            fork(args)
+        except Interrupted as stop:
+            print(f"{stop}; the same command goes on with it", file=sys.stderr)
+            raise
+
+    return session.exit_code(run)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 import logging
 import math
 import shutil
@@ -22,6 +23,7 @@ from engine.gradient_parts import PARTS, gradient_parts
 from engine.records import read_records
 from engine.runs.signals import StopRequest
 from engine.step import OptimizerStep, seed_step
+from engine.trainer import Trainer
 from experiments.comparison import collect, group
 from losses.criterion import GroupSupervision, LossWeights
 from losses.ia_bce import IABCE
@@ -36,7 +38,9 @@ STEPS = 7
 @pytest.fixture(autouse=True, scope="module")
 def _restored() -> Iterator[None]:
     handlers, deterministic = logging.getLogger().handlers[:], torch.get_deterministic_debug_mode()
-    yield
+    with pytest.MonkeyPatch.context() as patch:  # the branches' own pictures take longer than all else in them
+        patch.setattr(Trainer, "_draw", lambda *_: None)
+        yield
     logging.getLogger().handlers[:] = handlers
     torch.set_deterministic_debug_mode(deterministic)
 
@@ -81,18 +85,21 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.fixture(scope="module")
-def forked(original: Path) -> Path:
-    """Forks at step 4, between two checkpoints: what the run had, another loss, and the same with another number."""
-    out = original.parent / "forks"
+def fork_in_three(original: Path, out: Path) -> int:
+    """Fork at step 4, between two checkpoints: what the run had, another loss, and the same with another number."""
     values = "criterion.classification=ia_bce,vfl,{name: ia_bce, gamma: 1.0}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(style, "DPI", 55)
-        assert fork.main([
+        return fork.main([
             str(original.parent / "kept"), "--at", "4", "--swap", values, "--steps", "3", "--parts-every", "2",
             "--samples", "20", "--match-norms", "--out", str(out),
-        ]) == 0  # fmt: skip
-    return out
+        ])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forked(original: Path) -> Path:
+    assert fork_in_three(original, original.parent / "forks") == 0
+    return original.parent / "forks"
 
 
 def identical(first: Any, second: Any) -> bool:
@@ -110,8 +117,7 @@ def test_a_branch_with_nothing_swapped_is_the_original_run_to_the_bit(original, 
     for part in ("weights", "ema", "optimizer", "scaler", "position"):
         assert identical(whole[part], branch[part]), part
     logged, own = (read_records(path / "metrics.jsonl") for path in (original, forked / "ia_bce"))
-    same = [{**r, **dict.fromkeys(CLOCKS)} for r in logged if r["step"] > 4]
-    assert same == [{**r, **dict.fromkeys(CLOCKS)} for r in own]
+    assert [without_clocks(r) for r in logged if r["step"] > 4] == [without_clocks(r) for r in own]
     other = checkpoint.load(forked / "vfl" / checkpoint.LAST).state["weights"]
     assert not identical(whole["weights"], other)
 
@@ -152,6 +158,56 @@ def test_matched_norms_are_equal_at_the_fork(forked):
     }
     assert first["vfl"]["boxes_in_all"] == pytest.approx(first["ia_bce"]["boxes_in_all"], rel=1e-5)
     assert first["vfl"]["classes_in_all"] == pytest.approx(first["ia_bce"]["classes_in_all"], rel=0.3)
+
+
+class Killed(BaseException):
+    """In place of the end of the process."""
+
+
+def test_a_killed_fork_goes_on_as_if_nothing_had_happened(
+    original: Path, forked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed before its branches, while records are written, and in the evaluation of the second branch."""
+    out, append, evaluate, evaluations = tmp_path / "forks", fork.append, Trainer._evaluate, itertools.count(1)
+
+    def killed_before_branches(*args: Any) -> None:
+        raise Killed
+
+    def killed_in_records(path: Path, record: dict[str, Any]) -> None:
+        if (record.get("branch"), record.get("step"), record["kind"]) == ("vfl", 6, "step"):
+            path.write_text(path.read_text() + '{"kind": "step", "branch": "vf')
+            raise Killed
+        append(path, record)
+
+    def killed_in_evaluation(*args: Any) -> None:
+        evaluate(*args)
+        if next(evaluations) == 2:
+            raise Killed
+
+    for place, name, death in (
+        (fork, "matched", killed_before_branches),
+        (fork, "append", killed_in_records),
+        (Trainer, "_evaluate", killed_in_evaluation),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, name, death)
+            with pytest.raises(Killed):
+                fork_in_three(original, out)
+    assert fork_in_three(original, out) == 0
+    assert "3 branches of 3 steps, 2 of them taken before" in capsys.readouterr().out
+    for name in ("fork.jsonl", *(f"{path.name}/metrics.jsonl" for path in forked.iterdir() if path.is_dir())):
+        whole, parts = ([without_clocks(r) for r in read_records(path / name)] for path in (forked, out))
+        assert whole == parts, name
+    for branch in ("ia_bce", "vfl"):
+        whole, parts = (checkpoint.load(path / branch / checkpoint.LAST).state for path in (forked, out))
+        for part in ("weights", "ema", "optimizer", "position"):
+            assert identical(whole[part], parts[part]), (branch, part)
+    assert fork.main([str(original), "--swap", "seed=1", "--steps", "1", "--out", str(out)]) == 2
+    assert "holds a sweep, or a fork with other options" in capsys.readouterr().err
+
+
+def without_clocks(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in (*CLOCKS, "environment")}
 
 
 def test_branches_are_rows_for_compare(forked):
