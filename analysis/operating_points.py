@@ -54,7 +54,7 @@ def draw_precision_recall(path: Path, matched: MatchedDataset, names: Sequence[s
         axes[0, 1].set(title="classes at IoU 0.50", xlabel="recall", xlim=(0, 1))
         for axis in axes[0]:
             if axis.lines:
-                axis.legend(loc="lower left")
+                axis.legend(loc="best")
 
 
 def operating_curve(matched: MatchedDataset) -> tuple[Floats, Floats, Floats]:
@@ -88,7 +88,7 @@ def draw_f1(path: Path, matched: MatchedDataset) -> float:
             axis.axvline(threshold, color="black", linewidth=0.6)
             axis.set_title(f"F1 is highest, {f1[best]:.3f}, at a score of {threshold:.3f}")
         axis.set(xlabel="least score", ylabel="all classes, IoU 0.50", xlim=(0, 1), ylim=(0, 1.01))
-        axis.legend(loc="lower left")
+        axis.legend(loc="best")
     return threshold
 
 

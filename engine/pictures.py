@@ -131,11 +131,26 @@ def draw_curves(metrics: Path | str, path: Path | str, classes: Sequence[str] = 
         _series(others[0], evals, {lettered([name])[0].text: f"per_class/{name}" for name in classes})
         others[0].set(title="AP of classes", xlabel="step", ylabel="percent", ylim=(0, None))
     for axis in axes.flat:
-        if len(axis.lines) > 1 or axis is precision:
+        if axis is terms:
+            _make_room_above(axis)
+            tight = {"handlelength": 1.5, "handletextpad": 0.4, "columnspacing": 0.7, "borderpad": 0.0}
+            axis.legend(frameon=False, fontsize=5.5, ncols=len(kinds) or 1, loc="upper center", **tight)
+        elif len(axis.lines) > 1 or axis is precision:
             axis.legend(frameon=False, fontsize=7)
         axis.grid(alpha=0.25, linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+def _make_room_above(axis: Any) -> None:
+    """Leave the upper third of an axis of powers to its legend, and write its numbers as people do."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high * (high / low) ** 0.5)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:g}")
 
 
 def _series(axis: Any, evals: Sequence[dict[str, Any]], names: dict[str, str], style: str = "") -> None:
