@@ -107,7 +107,7 @@ def draw_curves(metrics: Path | str, path: Path | str, classes: Sequence[str] = 
     values = [r["loss"] for r in train]
     loss.plot(steps, values, color=COLOURS[1], alpha=0.5, linewidth=0.8, label="logged")
     loss.plot(steps, _smooth(values), color=COLOURS[4], linewidth=1.4, label="smoothed")
-    _series(loss, evals, {"validation": "loss"}, "s--")
+    _series(loss, evals, {"validation, no denoising": "loss"}, "s--")
     loss.set(title="training loss", xlabel="step", ylabel="weighted sum of all terms")
     if values:
         loss.set_ylim(0, float(np.percentile(values, 98)) * 1.15)
@@ -135,8 +135,9 @@ def draw_curves(metrics: Path | str, path: Path | str, classes: Sequence[str] = 
             _make_room_above(axis)
             tight = {"handlelength": 1.5, "handletextpad": 0.4, "columnspacing": 0.7, "borderpad": 0.0}
             axis.legend(frameon=False, fontsize=5.5, ncols=len(kinds) or 1, loc="upper center", **tight)
-        elif len(axis.lines) > 1 or axis is precision:
+        elif axis.lines and axis is not rate:
             axis.legend(frameon=False, fontsize=7)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25, linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

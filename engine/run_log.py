@@ -189,6 +189,8 @@ def summarise_metrics(step: int, metrics: Mapping[str, Any]) -> str:
     """One line for a person."""
     names = [name for name in ("AP", "AP50", "AP75", "APs", "APm", "APl") if metrics.get(name) is not None]
     values = "  ".join(f"{name} {metrics[name]:.2f}" for name in names)
+    if "loss" in metrics:
+        values += f"  loss {metrics['loss']:.3f}"
     missing = metrics.get("unreadable_images", 0)
     return f"after step {step}: {values}" + (
         f"  ({missing} images unreadable, their objects missed)" if missing else ""

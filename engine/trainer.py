@@ -74,7 +74,10 @@ class Trainer:
         classes = {name for _, name in identity["categories"]}
         for name in (*config.curve_classes, *config.best_metric.split("per_class/", 1)[1:]):
             if name not in classes:
-                raise ValueError(f"trainer.curve_classes, best_metric: there is no class {name!r} in the data")
+                known = ", ".join(sorted(classes)[:20]) + (", …" if len(classes) > 20 else "")
+                raise ValueError(
+                    f"trainer.curve_classes, best_metric: there is no class {name!r} in the data, which have {known}"
+                )
         self.steps_per_epoch = loader.steps_per_epoch
         self.total_steps = min(schedule.total_steps(self.steps_per_epoch), config.stop_after or sys.maxsize)
         self.average = AveragedWeights(step.module, config.ema_decay) if config.ema_decay is not None else None
@@ -311,7 +314,7 @@ class Trainer:
         self.metrics = {**metrics, "seconds": time.perf_counter() - began}
         self.evaluated_step = self.step
         self.best, is_best = updated(self.best, self.config.best_metric, metrics, self.step)
-        suffix = "  (best so far)" if is_best else ""
+        suffix = f"  (best {self.config.best_metric} so far)" if is_best else ""
         log.info("%s  in %.1f s%s", summarise_metrics(self.step, metrics), self.metrics["seconds"], suffix)
         if records is not None:
             records.write("eval", self.step, {"epoch": self.step / self.steps_per_epoch, **self.metrics})
