@@ -152,16 +152,10 @@ def load(path: Path) -> Loaded:
 
 
 def check_goes_on(loaded: Loaded) -> None:
-    """Refuse weights alone where a training is to go on.
-
-    Raises:
-        CheckpointError: says what they can be used for.
-    """
+    """Raise CheckpointError where there are weights alone but a training is to go on; say what they are good for."""
     if "optimizer" not in loaded.state:
-        raise CheckpointError(
-            f"{loaded.path}: holds weights alone, no training to go on with: start one from them with --init-from "
-            "(and --cfg), or measure them with --eval"
-        )
+        use = "start one from them with --init-from (and --cfg), or measure them with --eval"
+        raise CheckpointError(f"{loaded.path}: holds weights alone, no training to go on with: {use}")
 
 
 @contextmanager

@@ -66,7 +66,8 @@ def gradient_parts(step: OptimizerStep, match: Match, batches: Sequence[Batch], 
     with torch.no_grad():
         for buffer, before in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(before)
-    products = (vectors.double() @ vectors.double().T / step.scaler.get_scale() ** 2).cpu()
+    exact = vectors.double()
+    products = (exact @ exact.T / step.scaler.get_scale() ** 2).cpu()
     sums = torch.tensor(list(_SUMS.values()), dtype=torch.float64)
     norms = (sums @ products * sums).sum(-1).clamp(min=0).sqrt()
     shares = sums @ products.sum(-1) / products.sum().clamp(min=1e-300)

@@ -74,10 +74,8 @@ class Trainer:
         classes = {name for _, name in identity["categories"]}
         for name in (*config.curve_classes, *config.best_metric.split("per_class/", 1)[1:]):
             if name not in classes:
-                known = ", ".join(sorted(classes)[:20]) + (", …" if len(classes) > 20 else "")
-                raise ValueError(
-                    f"trainer.curve_classes, best_metric: there is no class {name!r} in the data, which have {known}"
-                )
+                known = ", ".join(sorted(classes))[:300]
+                raise ValueError(f"trainer.curve_classes, best_metric: there is no class {name!r} in the data: {known}")
         self.steps_per_epoch = loader.steps_per_epoch
         self.total_steps = min(schedule.total_steps(self.steps_per_epoch), config.stop_after or sys.maxsize)
         self.average = AveragedWeights(step.module, config.ema_decay) if config.ema_decay is not None else None

@@ -40,6 +40,7 @@ def _restored() -> Iterator[None]:
     handlers, deterministic = logging.getLogger().handlers[:], torch.get_deterministic_debug_mode()
     with pytest.MonkeyPatch.context() as patch:  # the branches' own pictures take longer than all else in them
         patch.setattr(Trainer, "_draw", lambda *_: None)
+        patch.setattr("engine.validation.draw_predictions", lambda *_: None)
         yield
     logging.getLogger().handlers[:] = handlers
     torch.set_deterministic_debug_mode(deterministic)
@@ -85,21 +86,22 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def fork_in_three(original: Path, out: Path) -> int:
-    """Fork at step 4, between two checkpoints: what the run had, another loss, and the same with another number."""
-    values = "criterion.classification=ia_bce,vfl,{name: ia_bce, gamma: 1.0}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(style, "DPI", 55)
-        return fork.main([
-            str(original.parent / "kept"), "--at", "4", "--swap", values, "--steps", "3", "--parts-every", "2",
-            "--samples", "20", "--match-norms", "--out", str(out),
-        ])  # fmt: skip
+def fork_at_4(original: Path, values: str, out: Path) -> int:
+    """Fork between two checkpoints."""
+    return fork.main([
+        str(original.parent / "kept"), "--at", "4", "--swap", f"criterion.classification={values}", "--steps", "3",
+        "--parts-every", "2", "--samples", "20", "--match-norms", "--out", str(out),
+    ])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def forked(original: Path) -> Path:
-    assert fork_in_three(original, original.parent / "forks") == 0
-    return original.parent / "forks"
+    """Forks with what the run had, with another loss, and with the same with another number."""
+    out = original.parent / "forks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "DPI", 55)
+        assert fork_at_4(original, "ia_bce,vfl,{name: ia_bce, gamma: 1.0}", out) == 0
+    return out
 
 
 def identical(first: Any, second: Any) -> bool:
@@ -165,10 +167,13 @@ class Killed(BaseException):
 
 
 def test_a_killed_fork_goes_on_as_if_nothing_had_happened(
-    original: Path, forked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed before its branches, while records are written, and in the evaluation of the second branch."""
-    out, append, evaluate, evaluations = tmp_path / "forks", fork.append, Trainer._evaluate, itertools.count(1)
+    monkeypatch.setattr("experiments.fork.MATCHED_ON", 1)
+    monkeypatch.setattr(fork, "draw_fork", lambda *_: None)
+    assert fork_at_4(original, "vfl", tmp_path / "whole") == 0
+    out, append, evaluate, evaluations = tmp_path / "parts", fork.append, Trainer._evaluate, itertools.count(1)
 
     def killed_before_branches(*args: Any) -> None:
         raise Killed
@@ -192,14 +197,14 @@ def test_a_killed_fork_goes_on_as_if_nothing_had_happened(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(place, name, death)
             with pytest.raises(Killed):
-                fork_in_three(original, out)
-    assert fork_in_three(original, out) == 0
-    assert "3 branches of 3 steps, 2 of them taken before" in capsys.readouterr().out
-    for name in ("fork.jsonl", *(f"{path.name}/metrics.jsonl" for path in forked.iterdir() if path.is_dir())):
-        whole, parts = ([without_clocks(r) for r in read_records(path / name)] for path in (forked, out))
+                fork_at_4(original, "vfl", out)
+    assert fork_at_4(original, "vfl", out) == 0
+    assert "2 branches of 3 steps, 2 of them taken before: original, vfl" in capsys.readouterr().out
+    for name in ("fork.jsonl", "original/metrics.jsonl", "vfl/metrics.jsonl"):
+        whole, parts = ([without_clocks(r) for r in read_records(path / name)] for path in (tmp_path / "whole", out))
         assert whole == parts, name
-    for branch in ("ia_bce", "vfl"):
-        whole, parts = (checkpoint.load(path / branch / checkpoint.LAST).state for path in (forked, out))
+    for branch in ("original", "vfl"):
+        whole, parts = (checkpoint.load(path / branch / checkpoint.LAST).state for path in (tmp_path / "whole", out))
         for part in ("weights", "ema", "optimizer", "position"):
             assert identical(whole[part], parts[part]), (branch, part)
     assert fork.main([str(original), "--swap", "seed=1", "--steps", "1", "--out", str(out)]) == 2
