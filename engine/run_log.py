@@ -159,7 +159,7 @@ class Progress:
         return record
 
     def line(self, step: int, record: Mapping[str, Any]) -> str:
-        """One line for a person."""
+        """One line for a person; what went wrong so far is on every line from then on."""
         eta = int(record["eta_seconds"])
         return "  ".join(
             [
@@ -174,6 +174,7 @@ class Progress:
                 f"data {100 * record['data_wait']:.0f}%",
                 f"{record['memory_gib']:.2f} GiB {self._memory}",
                 f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}",
+                *(f"{name.replace('_', ' ')} {count}" for name, count in record.get("counters", {}).items() if count),
             ]
         )
 

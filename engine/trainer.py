@@ -11,8 +11,6 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from engine import checkpoint, distributed
 from engine.averaging import AveragedWeights
 from engine.best import restored, updated
@@ -27,14 +25,10 @@ from engine.runs.run_directory import CURVES, METRICS, PREDICTIONS, forget_after
 from engine.runs.signals import STOPPING, Interrupted, StopRequest
 from engine.step import OnHost, OptimizerStep, seed_step
 from engine.trainer_config import TrainerConfig
+from engine.validation import Evaluate
 from structures import Batch, BatchSize
 
 log = logging.getLogger(__name__)
-
-
-Evaluate = Callable[[nn.Module, Callable[[], bool]], dict[str, Any]]
-"""Given a model, and a function that says whether to give up: metrics, ``AP`` in percent among them; the same on all
-processes, and none if any gave up. The model is left in the mode it was in."""
 
 
 class Trainer:
@@ -71,11 +65,7 @@ class Trainer:
         self.config, self.optimizer_step, self.schedule = config, step, schedule
         self.loader, self.evaluate, self.directory, self.draw_last = loader, evaluate, directory, draw_last
         self.batch_size, self.seed, self.identity = batch_size, seed, dict(identity)
-        classes = {name for _, name in identity["categories"]}
-        for name in (*config.curve_classes, *config.best_metric.split("per_class/", 1)[1:]):
-            if name not in classes:
-                known = ", ".join(sorted(classes))[:300]
-                raise ValueError(f"trainer.curve_classes, best_metric: there is no class {name!r} in the data: {known}")
+        config.check_classes([name for _, name in identity["categories"]])
         self.steps_per_epoch = loader.steps_per_epoch
         self.total_steps = min(schedule.total_steps(self.steps_per_epoch), config.stop_after or sys.maxsize)
         self.average = AveragedWeights(step.module, config.ema_decay) if config.ema_decay is not None else None
@@ -90,22 +80,17 @@ class Trainer:
         self._norm = math.nan
         self._progress = Progress(self.total_steps, self.steps_per_epoch, step.device)
 
-    # ------------------------------------------------------------------------------------------------- state
-
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on exactly; random state is a function of seed, rank and step."""
         self._settle()
+        position = {"step": self.step, "steps_per_epoch": self.steps_per_epoch, "evaluated_step": self.evaluated_step}
         return {
             **self.identity,
             "weights": self.optimizer_step.module.state_dict(),
             "ema": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer_step.optimizer.state_dict(),
             "scaler": self.optimizer_step.scaler.state_dict(),
-            "position": {
-                "step": self.step,
-                "steps_per_epoch": self.steps_per_epoch,
-                "evaluated_step": self.evaluated_step,
-            },
+            "position": position,
             "best": self.best,
             "metrics": self.metrics,
             "counters": dict(self.faults.counters),
@@ -154,13 +139,8 @@ class Trainer:
         self._going_back = path.name != checkpoint.LAST and path.resolve().parent == self.directory.resolve()
         self.faults.counters.update(state["counters"])
 
-    # -------------------------------------------------------------------------------------------------- loop
-
     def fit(self, *, process_ends: bool = False) -> dict[str, Any]:
-        """Train to the end and evaluate.
-
-        Args:
-            process_ends: whether this process ends after a signal to stop; see ``StopRequest``.
+        """Train to the end and evaluate; ``process_ends`` is what it is for a ``StopRequest``.
 
         Returns:
             The metrics of the last evaluation.
@@ -286,18 +266,14 @@ class Trainer:
         record["loss_scale"] = float(self.optimizer_step.scaler.get_scale())
         skipped, restarts = distributed.host_sum([self.loader.skipped.count, self.loader.worker_restarts])
         record["counters"] = {**self.faults.counters, "skipped_images": skipped, "worker_restarts": restarts}
-        # What went wrong so far is on every line from then on.
-        troubles = [f"  {name.replace('_', ' ')} {count}" for name, count in record["counters"].items() if count]
-        log.info("%s%s", self._progress.line(self.step, record), "".join(troubles))
+        log.info(self._progress.line(self.step, record))
         if records is not None:
             records.write("train", self.step, record)
 
     def _evaluation_due(self) -> bool:
         if not self.step or self.evaluated_step == self.step:
             return False
-        every = self.config.eval_every_steps
-        if every is None and self.config.eval_every_epochs is not None:
-            every = self.config.eval_every_epochs * self.steps_per_epoch
+        every = self.config.evaluation_interval(self.steps_per_epoch)
         return self.step >= self.total_steps or (every is not None and self.step % every == 0)
 
     def _evaluate(self, stop: StopRequest, records: Records | None) -> None:

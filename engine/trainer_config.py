@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,3 +75,16 @@ class TrainerConfig:
             raise ValueError(f"best_metric={self.best_metric} needs validation_loss=true")
         if self.max_nonfinite_steps < 0 or self.collective_timeout <= 0:
             raise ValueError("max_nonfinite_steps must not be negative and collective_timeout must be positive")
+
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Raise ValueError where a class is named that the data, whose classes these are, do not have."""
+        for name in (*self.curve_classes, *self.best_metric.split("per_class/", 1)[1:]):
+            if name not in names:
+                known = ", ".join(names)[:300]
+                raise ValueError(f"trainer.curve_classes, best_metric: there is no class {name!r} in the data: {known}")
+
+    def evaluation_interval(self, steps_per_epoch: int) -> int | None:
+        """Optimizer steps between evaluations; None for none but the last."""
+        if self.eval_every_steps is None and self.eval_every_epochs is not None:
+            return self.eval_every_epochs * steps_per_epoch
+        return self.eval_every_steps

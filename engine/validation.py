@@ -25,6 +25,10 @@ PICTURED = 8
 """Images in the picture of predictions: the first that the first process evaluates."""
 PROGRESS_SECONDS = 30.0
 
+Evaluate = Callable[[nn.Module, Callable[[], bool]], dict[str, Any]]
+"""Given a model, and a function that says whether to give up: metrics, ``AP`` in percent among them; the same on all
+processes, and none if any gave up. The model is left in the mode it was in."""
+
 
 class Validation:
     """Evaluates a model on the validation set as often as it is called."""
