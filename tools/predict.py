@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = console.parser("predict", __doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_FOLDER_OR_VIDEO")
-    parser.add_argument("--resume", type=Path, required=True, help="checkpoint")
+    parser.add_argument("--resume", type=Path, required=True, help="checkpoint, or weights as safetensors")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to (%(default)s)")
     parser.add_argument("--threshold", type=float, default=0.3, help="least score (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="most images at once (%(default)s)")
