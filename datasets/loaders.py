@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -121,8 +122,11 @@ class WorkerPool:
                     yield loaded
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                    raise ValueError(f"cannot load data in workers ({error.strerror}): {_REMEDY}") from error
+                # torch says one of the two in words, where a batch comes and cannot be taken.
+                handles = {os.strerror(number) for number in (errno.EMFILE, errno.ENFILE)}
+                if short_of := [text for text in handles if text in str(error)]:
+                    kill_workers()
+                    raise ValueError(f"cannot load data in workers ({short_of[0]}): {_REMEDY}") from error
                 if not self.num_workers or not is_death_of_worker(error):
                     raise
                 cause = str(error).splitlines()[0] if str(error) else "a data-loading worker closed its connection"
