@@ -18,6 +18,8 @@ from ops.errors import describe_error
 
 _PROBE = (97, 161)
 """Height and width, in pixels, that no model's windows, patches or strides divide."""
+_BOUNDED = ("MultiScaleVit",)
+"""Their tables of relative positions end at their training images' size, which no look without storage shows."""
 
 
 class Stage(NamedTuple):
@@ -191,7 +193,8 @@ def _size_multiple(cut: Any, name: str) -> int:
     own = int(trained.input_size[-1])
     device = next(cut.parameters()).device
     rows, columns = (1, 2) if str(getattr(cut, "output_fmt", "NCHW")).endswith("NHWC") else (2, 3)
-    for multiple in sorted({1, max(cut.feature_info.reduction()), 32, own}):
+    inner = getattr(cut, "model", cut)
+    for multiple in () if type(inner).__name__ in _BOUNDED else sorted({1, max(cut.feature_info.reduction()), 32, own}):
         height, width = (-(-size // multiple) * multiple for size in _PROBE)
         try:
             with torch.no_grad():
