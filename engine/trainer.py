@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from engine.loaders import TrainLoader
 from engine.optimizer import Schedule, load_optimizer_state, set_learning_rate
 from engine.pictures import draw_curves
 from engine.run_log import Progress, Records, summarise_metrics
-from engine.runs.faults import NonFiniteSteps, TakenStep
+from engine.runs.faults import NonFiniteSteps
 from engine.runs.run_directory import CURVES, METRICS, PREDICTIONS, forget_after
 from engine.runs.signals import STOPPING, Interrupted, StopRequest
-from engine.step import OnHost, OptimizerStep, seed_step
+from engine.step import OptimizerStep
+from engine.taken_steps import TakenSteps
 from engine.trainer_config import TrainerConfig
 from engine.validation import Evaluate
-from structures import Batch, BatchSize
+from structures import Batch, BatchSize, LossOutput
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +76,12 @@ class Trainer:
         self.record: dict[str, Any] = {}
         self._going_back = False
         self.faults = NonFiniteSteps(directory, self.identity, seed, config.max_nonfinite_steps)
-        self._taken: TakenStep | None = None
-        self._norm = math.nan
+        self._taken = TakenSteps(step, self.faults, self._count)
         self._progress = Progress(self.total_steps, self.steps_per_epoch, step.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on exactly; random state is a function of seed, rank and step."""
-        self._settle()
+        self._taken.settle()
         position = {"step": self.step, "steps_per_epoch": self.steps_per_epoch, "evaluated_step": self.evaluated_step}
         return {
             **self.identity,
@@ -189,7 +188,8 @@ class Trainer:
             paused = time.perf_counter()
             yield batches, size
             began += time.perf_counter() - paused
-            self._train_step(batches, size)
+            set_learning_rate(self.optimizer_step.optimizer, self.schedule.factor(self.step, self.steps_per_epoch))
+            self._taken.take(self.step, batches, size)
             self._progress.end_step(self.batch_size, time.perf_counter() - began, waited)
             self.step += 1
             if self.step % TRIM_EVERY == 0:
@@ -221,45 +221,16 @@ class Trainer:
                 raise Interrupted(number, self.step)
         return total
 
-    def _train_step(self, batches: list[Batch], size: BatchSize) -> None:
-        """Take one step.
-
-        Whether a gradient was finite is asked once that of the next step is computed, or before anything else looks at
-        the state: until then the host would wait for the device.
-        """
-        step = self.optimizer_step
-        set_learning_rate(step.optimizer, self.schedule.factor(self.step, self.steps_per_epoch))
-        taken = self._gradients(batches, size)
-        if not self._settle():  # which took the step before out of the buffers, and this one out of the gradients
-            taken = self._gradients(batches, size)
-        step.update(taken.norm.value)
-        self._taken = taken
-
-    def _gradients(self, batches: list[Batch], size: BatchSize) -> TakenStep:
-        step = self.optimizer_step
-        seed_step(self.seed, distributed.rank(), self.step)
-        buffers, scale = self.faults.buffers(step.module), float(step.scaler.get_scale())
-        norm, losses = step.backward(batches, size)
-        return TakenStep(self.step, batches, size, losses, scale, buffers, OnHost(norm))
-
-    def _settle(self) -> bool:
-        """Count the last step, or make it as if it had not been; returns whether it was finite."""
-        taken, self._taken = self._taken, None
-        if taken is None:
-            return True
-        self._norm = taken.norm.read()
-        if not math.isfinite(self._norm):
-            self.faults.handle(self.optimizer_step, taken)
-            return False
+    def _count(self, losses: Sequence[LossOutput]) -> None:
+        """Take the weights after a step, and its losses, into the averages."""
         if self.average is not None:
             self.average.update(self.optimizer_step.module)
-        self._progress.add_losses(taken.losses)
-        return True
+        self._progress.add_losses(losses)
 
     def _record(self, records: Records | None) -> None:
-        self._settle()
+        self._taken.settle()
         self.record = record = self._progress.summarise(self.step)
-        record["grad_norm"] = self._norm
+        record["grad_norm"] = self._taken.norm
         groups = self.optimizer_step.optimizer.param_groups
         record["lr"] = max(group["lr"] for group in groups)
         record["lrs"] = {group["name"]: group["lr"] for group in groups}
@@ -313,7 +284,7 @@ class Trainer:
 
     def _save(self, *, best: bool = False) -> None:
         """Write a checkpoint; a failure on the writing process stops all of them."""
-        self._settle()
+        self._taken.settle()
         with distributed.agreed_errors():
             if distributed.is_main():
                 checkpoint.write(self.directory, self.state_dict(), best=best)

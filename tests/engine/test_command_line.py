@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from test_exactness import assert_identical, last
+from torch import Tensor
 from training_processes import run_processes
 
 import config
@@ -219,8 +220,8 @@ def test_everything_random_at_once_is_exact(
     assert command(*options, f"output_dir={tmp_path}/whole")[0] == 0
     update, steps = OptimizerStep.update, itertools.count(1)
 
-    def interrupt(step: OptimizerStep) -> None:
-        update(step)
+    def interrupt(step: OptimizerStep, norm: Tensor) -> None:
+        update(step, norm)
         if next(steps) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from test_exactness import assert_identical, last
+from torch import Tensor
 
 import main
 from datasets.shapes import ShapesConfig, generate
@@ -65,8 +66,8 @@ def test_it_trains_resumes_fine_tunes_predicts_and_is_analysed(
     main.run([*options, f"output_dir={tmp_path}/whole"])
     update, steps = OptimizerStep.update, itertools.count(1)
 
-    def interrupt(step: OptimizerStep) -> None:
-        update(step)
+    def interrupt(step: OptimizerStep, norm: Tensor) -> None:
+        update(step, norm)
         if next(steps) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
