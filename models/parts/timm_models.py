@@ -164,13 +164,12 @@ def frozen_parameters(name: str, dilation: bool, stages: int | Literal["stem"]) 
     if isinstance(stages, int) and stages > len(ends):
         raise ValueError(f"model.backbone.frozen_stages: {stages} is more than the model's {len(ends)} stages")
     last = ends[stages - 1] if isinstance(stages, int) else ends[0] - 1
-    coarse = layer_numbers(found.whole, coarse=True)
-    deepest = {max(coarse[key] for key in parameters_of_maps(name, dilation, (i,))) for i in (ends[0], ends[-1])}
+    numbers = layer_numbers(found.whole)
+    deepest = {max(numbers[key] for key in parameters_of_maps(name, dilation, (i,))) for i in (ends[0], ends[-1])}
     if len(ends) > 1 and len(deepest) == 1:  # parallel branches: all maps come from the end; their stages have numbers
-        return frozenset(key for key, number in coarse.items() if number <= last)
+        return frozenset(key for key, number in layer_numbers(found.whole, coarse=True).items() if number <= last)
     if last >= 0 and found.stages[last].module:
         return parameters_of_maps(name, dilation, (last,))
-    numbers = layer_numbers(found.whole)
     inside = f"{found.stages[ends[0]].module}."
     first = min((number for key, number in numbers.items() if key.startswith(inside)), default=1)
     stem = {key for key, number in numbers.items() if number < first}
