@@ -84,9 +84,7 @@ def test_interrupted_run_equals_uninterrupted_one(tmp_path: Path, variant: str) 
 def test_random_numbers_matter_to_the_comparison(tmp_path: Path) -> None:
     """Otherwise the tests above would hold without any care for random state."""
     for seed in (7, 8):
-        torch.manual_seed(0)
-        trainer = build(Options(directory=str(tmp_path / str(seed))))
-        trainer.seed = seed
+        trainer = build(Options(directory=str(tmp_path / str(seed)), seed=seed))
         trainer.optimizer_step.module.load_state_dict(
             build(Options(directory=str(tmp_path))).optimizer_step.module.state_dict()
         )
