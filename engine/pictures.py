@@ -131,7 +131,7 @@ def draw_curves(metrics: Path | str, path: Path | str, classes: Sequence[str] = 
         _series(others[0], evals, {lettered([name])[0].text: f"per_class/{name}" for name in classes})
         others[0].set(title="AP of classes", xlabel="step", ylabel="percent", ylim=(0, None))
     for axis in axes.flat:
-        if axis is terms:
+        if axis is terms and axis.lines:
             _make_room_above(axis)
             tight = {"handlelength": 1.5, "handletextpad": 0.4, "columnspacing": 0.7, "borderpad": 0.0}
             axis.legend(frameon=False, fontsize=5.5, ncols=len(kinds) or 1, loc="upper center", **tight)

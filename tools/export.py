@@ -89,14 +89,16 @@ def export_program(deployed: Deployed) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1, max=1024)
     height, width = (torch.export.Dim(name, min=SMALLEST, max=8192) for name in ("height", "width"))
     shapes = {"images": {0: batch, 2: height, 3: width}, "image_sizes": {0: batch}}
-    # Two different images: a size of one, or equal sides, would be taken for a rule.
-    return torch.export.export(
-        deployed,
-        example(2, 192, 256),
-        dynamic_shapes=shapes,
-        strict=False,
-        prefer_deferred_runtime_asserts_over_guards=True,
-    )
+    # Two different images: a size of one, or equal sides, would be taken for a rule. Without gradients, or what only
+    # they need would be exported, too.
+    with torch.no_grad():
+        return torch.export.export(
+            deployed,
+            example(2, 192, 256),
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
 
 
 def write(program: torch.export.ExportedProgram, kind: Format, path: Path, class_names: Sequence[str]) -> None:
