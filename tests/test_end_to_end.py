@@ -17,7 +17,7 @@ from schema import plain
 from structures import Batch, DetectorOutputs, Prediction, QueryGroup, Targets
 
 sys.path.append(str(Path(__file__).resolve().parent / "models"))
-from family import FAMILY, criterion_for
+from family import FAMILY, criterion_for, forms
 
 MODEL = {
     "backbone": {"model": "resnet10t", "pretrained": False, "norm": "group", "frozen_stages": 0},
@@ -68,9 +68,7 @@ def evaluate(cfg: config.Config, model: torch.nn.Module) -> tuple[dict[str, Any]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("detr", "dino") else pytest.mark.thorough) for n in FAMILY]
-)
+@pytest.mark.parametrize("name", forms("detr", "dino"))
 def test_two_images_are_learnt_by_heart(name, tmp_path):
     """At least 95 AP on what was trained: detector, criterion, decoding and evaluation agree about what a box is."""
     shapes = ShapesConfig(

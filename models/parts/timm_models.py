@@ -165,9 +165,13 @@ def frozen_parameters(name: str, dilation: bool, stages: int | Literal["stem"]) 
         raise ValueError(f"model.backbone.frozen_stages: {stages} is more than the model's {len(ends)} stages")
     last = ends[stages - 1] if isinstance(stages, int) else ends[0] - 1
     numbers = layer_numbers(found.whole)
-    deepest = {max(numbers[key] for key in parameters_of_maps(name, dilation, (i,))) for i in (ends[0], ends[-1])}
-    if len(ends) > 1 and len(deepest) == 1:  # parallel branches: all maps come from the end; their stages have numbers
-        return frozenset(key for key, number in layer_numbers(found.whole, coarse=True).items() if number <= last)
+    if found.stages[max(last, 0)].module not in dict(found.whole.named_modules()):
+        deepest = {max(numbers[key] for key in parameters_of_maps(name, dilation, (i,))) for i in (ends[0], ends[-1])}
+        if (
+            len(deepest) == 1
+        ):  # parallel branches: all maps come from the end, and stages are no modules but have numbers
+            coarse = layer_numbers(found.whole, coarse=True)
+            return frozenset(key for key, number in coarse.items() if number <= last)
     if last >= 0 and found.stages[last].module:
         return parameters_of_maps(name, dilation, (last,))
     inside = f"{found.stages[ends[0]].module}."
@@ -192,8 +196,8 @@ def _size_multiple(cut: Any, name: str) -> int:
     own = int(trained.input_size[-1])
     device = next(cut.parameters()).device
     rows, columns = (1, 2) if str(getattr(cut, "output_fmt", "NCHW")).endswith("NHWC") else (2, 3)
-    inner = getattr(cut, "model", cut)
-    for multiple in () if type(inner).__name__ in _BOUNDED else sorted({1, max(cut.feature_info.reduction()), 32, own}):
+    bounded = any(type(module).__name__ in _BOUNDED for module in cut.modules())
+    for multiple in sorted({1, max(cut.feature_info.reduction()), 32, own} if not bounded else ()):
         height, width = (-(-size // multiple) * multiple for size in _PROBE)
         try:
             with torch.no_grad():

@@ -16,10 +16,7 @@ from engine.step import OptimizerStep
 from structures import Batch, BatchSize
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
-from family import FAMILY, criterion_for
-
-DETECTORS = {config.name: name for name, config in FAMILY.items()}
-"""Of each detector the last of its forms, which has the most parts."""
+from family import DETECTORS, FAMILY, criterion_for
 
 
 def batch(seeds: list[int]) -> Batch:

@@ -26,10 +26,7 @@ from tools import analyze
 from tools.predictor import Predictor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
-from family import FAMILY, criterion_for
-
-DETECTORS = {config.name: name for name, config in FAMILY.items()}
-"""Of each detector the last of its forms, which has the most parts."""
+from family import DETECTORS, FAMILY, criterion_for
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typing
 
+import pytest
+
 from losses import Criterion, CrossEntropy
 from matchers import Hungarian, Mixed, SoftmaxCost
 from models import (
@@ -49,6 +51,13 @@ FAMILY: dict[str, AnyDetector] = {
     "dino": DINOConfig(**MULTI, denoising=DenoisingConfig(queries=6)),
 }
 """Every detector, in each of its forms."""
+DETECTORS = {config.name: name for name, config in FAMILY.items()}
+"""Of each detector the last of its forms, which has the most parts."""
+
+
+def forms(*quick: str) -> list[typing.Any]:
+    """All names of FAMILY as parameters of a test, of which those that are not ``quick`` are left to thorough runs."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.thorough) for name in FAMILY]
 
 
 def criterion_for(config: AnyDetector) -> Criterion:

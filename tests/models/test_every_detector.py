@@ -7,7 +7,7 @@ import typing
 
 import pytest
 import torch
-from family import FAMILY, criterion_for
+from family import FAMILY, criterion_for, forms
 from torch import Tensor
 
 import schema
@@ -180,7 +180,7 @@ def test_its_configuration_survives_a_file(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "detr" else pytest.mark.thorough) for n in FAMILY])
+@pytest.mark.parametrize("name", forms("detr"))
 def test_it_exports(name):
     model = build(name).eval()
     deployed = export.Deployed(model, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)).eval()
