@@ -21,11 +21,12 @@ from datasets import Category, CocoDataset, DataConfig
 from engine import checkpoint, distributed, run_log
 from engine.coco_metrics import choose_backend
 from engine.evaluator import Evaluator
+from engine.inference import OTHER_PRECISION, prepare_inference
 from engine.runs import session
 from engine.runs.environment import VERSION, describe_environment
 from engine.runs.run_directory import DETECTIONS, PREDICTIONS, RunDirectory, record_start
 from engine.runs.transfer import initialise_from
-from engine.step import OptimizerStep, configure_device
+from engine.step import OptimizerStep, Precision, configure_device
 from engine.trainer import Trainer
 from engine.validation import Validation
 from models import Detector
@@ -206,17 +207,25 @@ def evaluate(cfg: Config, loaded: checkpoint.Loaded, device: torch.device) -> No
         set_default_backend(cfg.op_backend)
         step = loaded.state["position"]["step"]
         categories = tuple(Category(*category) for category in loaded.state["categories"])
-        validation = build_validation(cfg, cfg.data.val.build(split="val", categories=categories), device)
         model = cfg.model.build(len(categories), load_backbone=False)
         checkpoint.load_evaluated_weights(model, loaded)
-    metrics = validation(model.to(device))
+        precision = prepare_inference(model, cfg.trainer, device)
+        val_set = cfg.data.val.build(split="val", categories=categories)
+        validation = build_validation(cfg, val_set, device, precision=precision)
+    if precision != cfg.trainer.precision:
+        log.info(OTHER_PRECISION.format(precision, cfg.trainer.precision))
+    metrics = validation(model)
     log.info("%s (%d images) %s", loaded.path, metrics["images"], run_log.summarise_metrics(step, metrics))
     for name, value in metrics["per_class"].items():
         log.info("AP of %s: %s", name, "no objects" if value is None else f"{value:.2f}")
 
 
 def build_validation(
-    cfg: Config, dataset: CocoDataset, device: torch.device, directory: Path | None = None
+    cfg: Config,
+    dataset: CocoDataset,
+    device: torch.device,
+    directory: Path | None = None,
+    precision: Precision | None = None,
 ) -> Validation:
     mean, std = cfg.data.pixel_statistics
     loader = cfg.data.build_val_loader(dataset, rank=distributed.rank(), world_size=distributed.world_size())
@@ -224,7 +233,7 @@ def build_validation(
         loader,
         Evaluator(cfg.data.val.annotations, dataset.categories),
         device=device,
-        precision=cfg.trainer.precision,
+        precision=precision or cfg.trainer.precision,
         mean=mean,
         std=std,
         picture=None if directory is None else directory / PREDICTIONS,

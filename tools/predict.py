@@ -32,6 +32,7 @@ if not __package__:  # run as a file
 
 from datasets.image_files import EXTENSIONS, image_files
 from datasets.images import UnreadableImageError
+from engine.inference import OTHER_PRECISION
 from ops.coco_columns import is_integer, whole_number
 from ops.coco_file import read_coco_file
 from structures import Detections
@@ -221,6 +222,9 @@ def run(options: argparse.Namespace) -> int:
         sources.sort(key=lambda source: source.place)
     ids = image_numbers(sources, options.annotations)
     predictor = Predictor(options.resume, device=options.device, batch_size=options.batch_size, overrides=options.set)
+    trained_in = predictor.config.trainer.precision
+    if predictor.precision != trained_in:
+        print(OTHER_PRECISION.format(predictor.precision, trained_in), file=sys.stderr)
     output = Output(options, predictor)
     skipped: list[str] = []
     start = 0

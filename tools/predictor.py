@@ -29,6 +29,8 @@ from datasets.collate import make_batch
 from datasets.images import read_image
 from datasets.transforms import ResizeExact, apply_transforms, final_size
 from engine import checkpoint, distributed
+from engine.inference import prepare_inference
+from engine.step import autocast
 from ops.ms_deform_attn import set_default_backend
 from structures import Detections
 
@@ -88,7 +90,7 @@ class Predictor:
         self.device = (
             torch.device(device) if device is not None else distributed.choose_device(self.config.trainer.device)
         )
-        self.model.to(self.device)
+        self.precision = prepare_inference(self.model, self.config.trainer, self.device)
 
     @property
     def class_names(self) -> list[str]:
@@ -134,7 +136,7 @@ class Predictor:
     def _detect(self, samples: Sequence[Sample], threshold: float) -> Iterator[Detections]:
         data = self.config.data
         batch = make_batch(samples, *data.pixel_statistics, data.pad_multiple).to(self.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(self.device, self.precision):
             detections = self.model.postprocess(self.model(batch.images), batch.original_sizes)
         for found in detections:
             keep = found.scores >= threshold

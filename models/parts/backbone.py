@@ -90,7 +90,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig, load_weights: bool = True) -> None:
         super().__init__()
-        self.channels_last, self._recomputes = config.channels_last, False
+        self.channels_last = self._recomputes = False
         found = outline(config.model, config.dilation)
         self.size_multiple, self.strides = found.size_multiple, config.strides
         body = _create(config, found, load_weights)
@@ -125,7 +125,12 @@ class Backbone(nn.Module):
             self.pyramid = SimpleFeaturePyramid(self.channels[0], found.stages[0].stride, config.strides)
             self.channels = self.pyramid.channels
         if config.channels_last:
-            self.to(memory_format=torch.channels_last)
+            self.set_channels_last()
+
+    def set_channels_last(self) -> None:
+        """Lay out weights and images with their channels last, which many convolutions compute faster."""
+        self.channels_last = True
+        self.to(memory_format=torch.channels_last)
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Recompute activations in the backward pass of training, where the timm model knows how to."""
