@@ -131,6 +131,17 @@ def test_a_bad_step_that_is_found_late_leaves_what_it_leaves_when_found_at_once(
         assert fourth[step]["grad_norm"] == each[step]["grad_norm"]
 
 
+def test_processes_take_the_step_after_a_late_one_again_together(tmp_path: Path) -> None:
+    """One process alone has the bad images; the other has begun its next step by the time it is told."""
+    options = Options(str(tmp_path / "every1"), nan_at=5, nan_rank=1, max_nonfinite_steps=1, batch_norm=True)
+    late = replace(options, directory=str(tmp_path / "every4"), log_every=4)
+    ended = run_processes([options, late], processes=2)
+    assert [e.code for e in ended] == [0, 0], ended
+    assert_identical(last(late.directory), last(options.directory))
+    for run in (options, late):
+        assert [path.name for path in Path(run.directory).glob("nonfinite*")] == ["nonfinite_step5_rank1.pth"]
+
+
 def test_a_step_asks_nothing_of_the_device(tmp_path: Path) -> None:
     trainer = build(Options(directory=str(tmp_path / "run"), log_every=100, checkpoint_every=100, ema_decay=None))
     Path(tmp_path / "run").mkdir()
