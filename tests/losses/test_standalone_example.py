@@ -1,4 +1,4 @@
-"""The example of the README: a loss of this family in somebody else's detector."""
+"""The example of docs/using.md: a loss of this family in somebody else's detector."""
 
 
 def test_example():
