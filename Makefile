@@ -7,21 +7,24 @@ RUN := runs/quickstart
 .PHONY: help install optional quickstart test test-all test-fast lint check clean
 
 help:
-	@echo "make quickstart   make data, train a tiny Align-DETR DINO on it, evaluate, draw (about 7 minutes on two cores)"
-	@echo "make test         the test suite"
-	@echo "make test-all     the same and what takes too long for every change: every backbone, every detector's export"
-	@echo "make test-fast    the parts of a detector and its losses: no processes, no training runs"
-	@echo "make optional     what loggers, videos and ONNX need beside it (their tests skip without)"
+	@echo "make quickstart   install, draw data, train a tiny Align-DETR, evaluate (7 minutes on two cores after the installation)"
+	@echo "make test         all tests but the thorough ones (about 15 minutes on two cores)"
+	@echo "make test-all     all tests: every backbone, every detector's export, more GPU architectures"
+	@echo "make test-fast    tests of losses, matchers and detectors that start no processes and train nothing"
 	@echo "make lint         formatting, lint and types"
 	@echo "make check        lint and test, as continuous integration runs them"
+	@echo "make install      the environment in $(VENV) alone; make PYTHON=python3.12 install takes that Python"
+	@echo "make optional     packages for loggers, videos and ONNX; tests that need them skip without"
+	@echo "make clean        remove the environment and the caches"
 
 install: $(BIN)/.installed
 
 $(BIN)/.installed: requirements.txt requirements-dev.txt requirements-fast.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, found %s (make PYTHON=python3.12 ...)" % sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, found %s (make PYTHON=python3.12 ...)" % sys.version.split()[0])'
+	@echo "Installing PyTorch and what else is needed into $(VENV). This takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-fast.txt || echo "hotcoco cannot be installed: pycocotools evaluates, more slowly"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-fast.txt || echo "hotcoco cannot be installed: pycocotools evaluates instead, more slowly"
 	@touch $@
 
 optional: $(BIN)/.installed
@@ -38,10 +41,15 @@ quickstart: $(BIN)/.installed data/shapes/shapes.json
 	processes=$$($(BIN)/python -c "import os, torch; print(1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))") && \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $$processes main.py --cfg configs/quickstart.yaml --resume auto output_dir=$(RUN)
 	@echo
-	@echo "look at:   $(RUN)/predictions.png (targets beside predictions), $(RUN)/curves.png"
-	@echo "try next:  $(BIN)/python -m tools.explore $(RUN) --out explore      and open explore/index.html"
-	@echo "           $(BIN)/python main.py --cfg configs/quickstart.yaml criterion.classification=focal output_dir=runs/focal"
-	@echo "           $(BIN)/python -m tools.compare $(RUN) runs/focal"
+	@echo "Look at   $(RUN)/predictions.png    targets beside predictions"
+	@echo "          $(RUN)/curves.png         loss, learning rate and AP"
+	@echo
+	@echo "Try next  every detection by score and IoU; then open explore/index.html in a browser:"
+	@echo "              $(BIN)/python -m tools.explore $(RUN) --out explore"
+	@echo "          another loss, and both runs in a table:"
+	@echo "              $(BIN)/python main.py --cfg configs/quickstart.yaml criterion.classification=focal output_dir=runs/focal"
+	@echo "              $(BIN)/python -m tools.compare $(RUN) runs/focal"
+	@echo "          a loss of your own: 'Change one thing' in README.md"
 
 # Two worker processes with one thread each use two cores better than one process with two threads.
 test: $(BIN)/.installed

@@ -1,4 +1,11 @@
-"""Train or evaluate a detector: the command line that loads a configuration, builds what it names, and runs it."""
+"""Train or evaluate a detector.
+
+    python main.py --cfg configs/quickstart.yaml output_dir=runs/mine       # train
+    python main.py --cfg configs/quickstart.yaml --resume auto              # go on from the last checkpoint, or start
+    python main.py --eval --resume runs/quickstart/checkpoint_best.pth      # evaluate, and write nothing
+
+``torchrun --nproc-per-node N main.py …`` does it with N processes. docs/using.md explains the keys and the files.
+"""
 
 from __future__ import annotations
 
@@ -37,15 +44,20 @@ log = logging.getLogger(__name__)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="main.py", description=__doc__, allow_abbrev=False)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="main.py", description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument(
-        "--cfg", type=Path, help="YAML file; without it, the configuration inside --resume's checkpoint"
+        "--cfg", type=Path, metavar="FILE", help="YAML file (default: the configuration inside --resume's checkpoint)"
     )
-    parser.add_argument("--resume", help="checkpoint to go on from (or to evaluate), or 'auto': output_dir's last one")
-    parser.add_argument("--init-from", type=Path, help="take only weights from this file, heads by class name")
-    parser.add_argument("--eval", action="store_true", help="evaluate the checkpoint, write nothing")
+    parser.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="checkpoint to go on from or to evaluate, or 'auto' for the last one in output_dir",
+    )
+    parser.add_argument("--init-from", type=Path, metavar="FILE", help="take only weights from it, heads by class name")
+    parser.add_argument("--eval", action="store_true", help="evaluate the checkpoint and write nothing")
     parser.add_argument("--version", action="version", version=f"align-detr {VERSION}")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the configuration")
     return parser.parse_intermixed_args(arguments)
 
 

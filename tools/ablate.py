@@ -1,8 +1,11 @@
-"""Answers the question that a sweep file declares: python -m tools.ablate --sweep FILE --out runs/NAME.
+"""Answer the question that a sweep file declares, with as many seeds as it takes.
 
-The file's ``declared`` states hypothesis, smallest effect of interest and budget. Seeds are run one after the other,
-the baseline and its variants on the same random numbers, until an interval that may be looked at after each of them
-has settled every variant (helps, hurts, too small to matter) or the budget is spent. The same command goes on.
+    python -m tools.ablate --sweep FILE --out runs/NAME
+
+The entry ``declared`` of the file states the hypothesis, the smallest effect of interest and the budget. Seeds are run
+one after the other, and in each the baseline and its variants have the same random numbers. The command ends when every
+variant is known to help, to hurt or to matter too little, or when the budget is spent. Its intervals allow for being
+looked at after each seed. After a stop, the same command goes on.
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ from tools.sweep import MAIN, check_directories, decode
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; its help is this module's docstring."""
     parser = console.parser("ablate", __doc__)
-    parser.add_argument("--sweep", type=Path, required=True, help="sweep file with an entry 'declared'")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the runs and the verdict")
+    parser.add_argument("--sweep", type=Path, required=True, help="sweep file with the entry 'declared'")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the runs and the verdict")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for all runs")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings for all runs")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -1,8 +1,10 @@
-"""What a checkpoint gets wrong, and whether its scores tell how well its boxes fit.
+"""Measure what a checkpoint gets wrong, and whether its scores tell how well its boxes fit.
 
-python -m tools.analyze --resume A.pth [B.pth …] --out analysis/NAME writes analysis.json (recall of best-regressed
-samples, misalignment of score and IoU, what it costs in AP, error types, per-class AP, precision-recall curves) and
-figures of it and of sampling points. Several checkpoints stand side by side in every figure.
+    python -m tools.analyze --resume A.pth [B.pth …] --out analysis/NAME
+
+writes analysis.json and figures. The file has the recall of best-regressed samples, the misalignment of score and IoU
+and what it costs in AP, error types, AP of each class, and precision-recall curves. Figures show the same, and where
+the detector looks. Several checkpoints stand side by side in every figure.
 """
 
 from __future__ import annotations
@@ -76,10 +78,10 @@ class Observed(NamedTuple):
 
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("analyze", __doc__)
-    parser.add_argument("--resume", nargs="+", type=Path, required=True, metavar="CHECKPOINT", help="to analyse")
+    parser.add_argument("--resume", nargs="+", type=Path, required=True, metavar="CHECKPOINT", help="what to analyse")
     parser.add_argument("--labels", nargs="+", help="names of the checkpoints (default: their run directories)")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="laid over the configurations")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the configurations")
     parser.add_argument("--threshold", type=float, default=0.3, help="score of a confident detection (%(default)s)")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(

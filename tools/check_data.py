@@ -1,4 +1,4 @@
-"""Says beforehand what is wrong with a data set, and draws a page of samples as training sees them.
+"""Find what is wrong with a data set, and draw a page of samples as training sees them.
 
 python -m tools.check_data --cfg configs/align_dino.yaml [key.path=value ...]
 python -m tools.check_data --images DIR --annotations FILE.json
@@ -44,9 +44,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--annotations", help="COCO annotation file, instead of --cfg")
     parser.add_argument("--page", type=Path, default=Path("check_data.png"), help="picture to write (%(default)s)")
     parser.add_argument("--samples", type=int, default=12, help="images of each split on the page (%(default)s)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that decode images (%(default)s)")
-    parser.add_argument("--no-decode", action="store_true", help="read the annotations only, and no page")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the configuration")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="processes to decode with (%(default)s)"
+    )
+    parser.add_argument("--no-decode", action="store_true", help="read the annotations only and draw no page")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the configuration")
     options = parser.parse_intermixed_args(arguments)
     if (options.cfg is None) == (options.images is None) or (options.images is None) != (options.annotations is None):
         parser.error("give either --cfg, or both --images and --annotations")

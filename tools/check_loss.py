@@ -1,8 +1,10 @@
-"""Tests a detection loss: where it is not finite, what it divides by, whether one image changes another, and more.
+"""Test a detection loss: where it is not finite, what it divides by, whether one image changes another, and more.
 
-python -m tools.check_loss MODULE:FUNCTION [--fields '{"gamma": [0, 2]}'] [--json FILE] tests the function
-``loss(logits [B, Q, C], boxes [B, Q, 4], targets) → scalar``, as `losses.conformance.check` describes its arguments.
-python -m tools.check_loss --cfg FILE [KEY=VALUE …] tests the criterion of a configuration.
+    python -m tools.check_loss MODULE:FUNCTION [--fields '{"gamma": [0, 2]}'] [--json FILE]
+    python -m tools.check_loss --cfg FILE [KEY=VALUE …]
+
+The first tests a function ``loss(logits [B, Q, C], boxes [B, Q, 4], targets) → scalar``, whose arguments
+`losses.conformance.check` describes. The second tests the criterion of a configuration.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ from tools import console
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; its help is this module's docstring."""
     parser = console.parser("check_loss", __doc__)
-    parser.add_argument("subject", nargs="*", help="MODULE:FUNCTION, or with --cfg overrides")
+    parser.add_argument("subject", nargs="*", help="MODULE:FUNCTION; with --cfg, settings KEY=VALUE")
     parser.add_argument("--cfg", type=Path, help="configuration whose criterion is tested")
     parser.add_argument("--fields", type=json.loads, default={}, help="JSON: arguments of the loss and values to try")
-    parser.add_argument("--logits", type=int, default=4, help="of each query (%(default)s)")
-    parser.add_argument("--no-object", action="store_true", help='the last logit means "no object", under a softmax')
-    parser.add_argument("--json", type=Path, help="file for the findings as JSON")
+    parser.add_argument("--logits", type=int, default=4, help="logits of each query (%(default)s)")
+    parser.add_argument(
+        "--no-object", action="store_true", help='the scores are a softmax whose last logit means "no object"'
+    )
+    parser.add_argument("--json", type=Path, help="file to write the findings to, as JSON")
     options = parser.parse_args(arguments)
     if options.cfg is None and len(options.subject) != 1:
         parser.error("expected one MODULE:FUNCTION, or --cfg")

@@ -1,7 +1,10 @@
-"""Table and learning curves of a sweep, or of any runs: python -m tools.compare runs/NAME --baseline KEY=VALUE.
+"""Make a table and learning curves of a sweep, or of any runs.
 
-Rows are told apart by the keys in which the runs' configurations differ; runs that differ in their seed only share a
-row. Differences to the baseline come with a paired bootstrap interval over the validation images.
+    python -m tools.compare runs/NAME --baseline KEY=VALUE
+    python -m tools.compare runs/A runs/B
+
+Rows are told apart by the keys in which the configurations differ; runs that differ in their seed only share a row.
+Differences from the baseline come with a paired bootstrap interval over the validation images.
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("compare", __doc__)
-    parser.add_argument("paths", nargs="+", type=Path, help="sweeps, directories of runs, or runs")
+    parser.add_argument("paths", nargs="+", type=Path, help="sweeps, folders of runs, or runs")
     parser.add_argument("--baseline", help="row to compare with: a variant or key=value[,key=value]")
     parser.add_argument("--at", choices=("last", "best"), default="last", help="which evaluation counts (%(default)s)")
     parser.add_argument("--metrics", default=",".join(METRICS), help="columns (%(default)s)")
-    parser.add_argument("--samples", type=int, default=1000, help="of the bootstrap; 0 for none (%(default)s)")
-    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals (%(default)s)")
+    parser.add_argument("--samples", type=int, default=1000, help="resamples of the bootstrap, or 0 (%(default)s)")
+    parser.add_argument("--confidence", type=float, default=0.95, help="confidence of the intervals (%(default)s)")
     parser.add_argument("--out", type=Path, help="directory for the files (default: the first path)")
     return parser
 

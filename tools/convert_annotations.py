@@ -3,7 +3,7 @@
     python -m tools.convert_annotations voc annotations/ --split train.txt --out instances_train.json
     python -m tools.convert_annotations yolo labels/ --images images/ --classes data.yaml --out instances_train.json
 
-Every object is kept as it is, degenerate ones too; what is doubtful, and what reading the result will drop, is said.
+Every object is kept as it is, degenerate ones too. What is doubtful is reported, and so is what training will drop.
 What cannot be understood is an error that names the file.
 """
 
@@ -77,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     kinds = parser.add_subparsers(dest="kind", required=True)
     voc = kinds.add_parser("voc", help="Pascal VOC XML")
     voc.add_argument("labels", type=Path, help="folder of the XML files")
-    voc.add_argument("--images", type=Path, help="folder of the images, if names or sizes in the XML are wrong")
-    voc.add_argument("--split", type=Path, help="text file naming the images to take; without it all")
-    voc.add_argument("--classes", type=Path, help="names in the order of their ids; without it sorted")
+    voc.add_argument("--images", type=Path, help="folder of the images; if names or sizes in the XML are wrong")
+    voc.add_argument("--split", type=Path, help="text file that names the images to take (default: all)")
+    voc.add_argument("--classes", type=Path, help="names in the order of their ids (default: sorted)")
     voc.add_argument(
         "--first-pixel",
         type=int,
@@ -87,7 +87,12 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         help="1: corners are pixel numbers from 1, as in VOC itself",
     )
-    voc.add_argument("--difficult", choices=("keep", "crowd", "drop"), default="crowd", help="(%(default)s)")
+    voc.add_argument(
+        "--difficult",
+        choices=("keep", "crowd", "drop"),
+        default="crowd",
+        help="what becomes of difficult objects (%(default)s)",
+    )
     yolo = kinds.add_parser("yolo", help="YOLO text")
     yolo.add_argument("labels", type=Path, help="folder of the text files")
     yolo.add_argument("--images", type=Path, required=True, help="folder of the images")

@@ -1,4 +1,7 @@
-"""What a report of a fault should say of the machine, to be pasted whole: python -m tools.environment."""
+"""Print what a report of a fault should say about the machine: python -m tools.environment.
+
+Paste it whole: versions, git state, devices, and which implementations of the op work here.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""A page on which every detection can be pointed at: python -m tools.explore RUN_OR_CHECKPOINT [SECOND …] --out explore
+"""Write a page on which every detection can be pointed at.
 
-``explore/index.html`` opens in a browser from disk, without server or network. It shows the detections in the plane of
-score and IoU with their pictures, errors by kind, curves, confusion matrix and classes, and of two detectors what
-changed between them (docs/explore.md). A run directory stands for the detections that its last evaluation left behind;
-a checkpoint is run over its validation set, and then shows the best-regressed queries too.
+    python -m tools.explore RUN_OR_CHECKPOINT [SECOND …] --out explore
+
+``explore/index.html`` opens in a browser from disk, without a server or a network. It shows the detections in the plane
+of score and IoU with their pictures, the errors by kind, curves, the confusion matrix and the classes. For two
+detectors it also shows what changed between them (docs/explore.md). A run directory stands for the detections of its
+last evaluation. A checkpoint is run over its validation set, and then shows the best-regressed queries too.
 """
 
 from __future__ import annotations
@@ -66,10 +68,12 @@ class Explored(NamedTuple):
 
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("explore", __doc__)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_CHECKPOINT", help="to explore; two to compare")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="RUN_OR_CHECKPOINT", help="what to explore; two are compared"
+    )
     parser.add_argument("--labels", nargs="+", help="names of the detectors (default: their run directories)")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write: new, or an earlier page")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="laid over the configurations")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write to: new, or an earlier page")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the configurations")
     parser.add_argument("--side", type=int, default=512, help="longer side of the pictures in pixels (%(default)s)")
     return parser
 

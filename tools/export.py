@@ -1,9 +1,9 @@
-"""Export a checkpoint for use without this project, as ONNX or as a torch.export program; or its weights alone.
+"""Export a checkpoint as ONNX or as a torch.export program, for use without this project, or export its weights alone.
 
     python -m tools.export --resume runs/k3/checkpoint_best.pth --format onnx --out detector.onnx
     python -m tools.export --resume runs/k3/checkpoint_best.pth --format safetensors --out detector.safetensors
 
-The weights, with configuration and classes inside, are read by --eval --resume, --init-from and tools.predict.
+A safetensors file has configuration and classes inside; --eval --resume, --init-from and tools.predict read it.
 
 Batch size and image size stay free. Inputs: ``images`` [B, 3, H, W] float32, RGB pixels from 0 to 255, each resized as
 in evaluation and padded on the right and at the bottom with anything; ``image_sizes`` [B, 2] int64, (height, width)
@@ -220,10 +220,10 @@ def deploy(model: Detector, config: Config) -> Deployed:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = console.parser("export", __doc__)
-    parser.add_argument("--resume", type=Path, required=True, help="checkpoint")
-    parser.add_argument("--format", choices=tuple(ENDINGS), default="onnx", help="(%(default)s)")
-    parser.add_argument("--out", type=Path, help="file to write (detector.onnx and so on)")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the configuration")
+    parser.add_argument("--resume", type=Path, required=True, help="checkpoint to export")
+    parser.add_argument("--format", choices=tuple(ENDINGS), default="onnx", help="what to write (%(default)s)")
+    parser.add_argument("--out", type=Path, help="file to write (default: detector.onnx and so on)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the configuration")
     options = parser.parse_intermixed_args(arguments)
     out = options.out or Path(f"detector.{ENDINGS[options.format]}")
     difference = export(options.resume, options.format, out, options.overrides)

@@ -1,9 +1,10 @@
-"""Branches a run: from one exact step on, one branch for each value of a setting, on common random numbers.
+"""Branch a run: from one exact step on, train one branch for each value of a setting, on common random numbers.
 
-python -m tools.fork RUN_OR_CHECKPOINT --at STEP --swap criterion.classification=focal,vfl --steps N --out forks/NAME
-goes on from the nearest checkpoint at or before STEP, then trains the branches side by side: same data, same noise,
-same dropout, so that they differ in nothing but the setting. The branch with nothing swapped is the original run, to
-the bit. Writes a run directory for each branch (python -m tools.compare compares them), fork.jsonl and fork.png.
+    python -m tools.fork RUN_OR_CHECKPOINT --at STEP --swap criterion.classification=focal,vfl --steps N --out NAME
+
+This goes on from the nearest checkpoint at or before STEP and then trains the branches side by side. They have the same
+data, noise and dropout, and differ in nothing but the setting. The branch with nothing swapped is the original run, to
+the bit. It writes a run directory for each branch (for python -m tools.compare), fork.jsonl and fork.png.
 """
 
 from __future__ import annotations
@@ -56,18 +57,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; its help is this module's docstring."""
     parser = console.parser("fork", __doc__)
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory, or a checkpoint")
-    parser.add_argument("--at", type=int, metavar="STEP", help="steps before the fork (default: at the checkpoint)")
+    parser.add_argument("--at", type=int, metavar="STEP", help="step of the fork (default: the checkpoint's)")
     parser.add_argument("--swap", nargs="+", required=True, metavar="KEY=VALUES", help="a branch each: a,b,{name: c}")
-    parser.add_argument("--steps", type=int, required=True, help="of each branch")
+    parser.add_argument("--steps", type=int, required=True, help="length of each branch")
     parser.add_argument("--out", type=Path, required=True, help="new directory")
     parser.add_argument(
         "--match-norms",
         action="store_true",
-        help="scale weights so that gradients are as large as the baseline's there",
+        help="scale loss weights so that gradients at the fork are as large as the baseline's",
     )
-    parser.add_argument("--parts-every", type=int, default=10, metavar="N", help="steps between shares (%(default)s)")
-    parser.add_argument("--samples", type=int, default=1000, help="of the bootstrap over images (%(default)s)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="laid over all branches")
+    parser.add_argument(
+        "--parts-every", type=int, default=10, metavar="N", help="steps between gradient parts (%(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1000, help="resamples of the bootstrap over images (%(default)s)"
+    )
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for all branches")
     return parser.parse_args(arguments)
 
 

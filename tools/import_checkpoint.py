@@ -1,10 +1,10 @@
-"""Make a checkpoint of this project out of one of a detector's authors, detrex, mmdetection or transformers.
+"""Turn a published checkpoint (of a detector's authors, detrex, mmdetection or transformers) into one of this project.
 
     python -m tools.import_checkpoint dino_4scale.pth --out runs/dino/checkpoint.pth
     python main.py --eval --resume runs/dino/checkpoint.pth data.val.images=… data.val.annotations=…
 
-The layout is recognised, every entry of the file is used or listed as left out, and the configuration that the weights
-ask for goes into the result. Nothing in the file is executed.
+The layout is recognised. Every entry of the file is used, or listed as left out. The result holds the configuration
+that the weights ask for. Nothing in the file is executed.
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--categories", type=Path, help="annotation file with the classes, if they are not COCO's")
     parser.add_argument("--leave-out", action="append", default=[], metavar="PATTERN", help="unknown entries to drop")
     parser.add_argument("--list", action="store_true", help="print every entry that is left out, with the reason")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the inferred configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="overrides of the inferred configuration"
+    )
     options = parser.parse_intermixed_args(arguments)
     categories = None
     if options.categories is not None:

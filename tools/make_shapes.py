@@ -1,4 +1,4 @@
-"""Writes the synthetic `shapes` data set: `python -m tools.make_shapes --out data/shapes`."""
+"""Write the synthetic data set of shapes: python -m tools.make_shapes --out data/shapes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tools import console
 
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("make_shapes", __doc__)
-    parser.add_argument("--out", type=Path, required=True, help="directory to write, for example data/shapes")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write to, for example data/shapes")
     parser.add_argument(
         "--processes", type=int, default=None, help="processes that draw (default: one a core, at most 8)"
     )

@@ -1,4 +1,4 @@
-"""Find objects in image files: annotated pictures, and all detections as COCO results.
+"""Find objects in images and videos: draw them, and write all detections as COCO results.
 
     python -m tools.predict --resume runs/k3/checkpoint_best.pth photo.jpg folder/ --threshold 0.4 --out found
     python -m tools.predict --resume runs/k3/checkpoint_best.pth street.mp4 --tile 640 --flip --also csv
@@ -258,20 +258,22 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = console.parser("predict", __doc__)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_FOLDER_OR_VIDEO")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_FOLDER_OR_VIDEO", help="what to look at")
     parser.add_argument("--resume", type=Path, required=True, help="checkpoint, or weights as safetensors")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to (%(default)s)")
-    parser.add_argument("--threshold", type=float, default=0.3, help="least score (%(default)s)")
+    parser.add_argument("--threshold", type=float, default=0.3, help="least score of a detection (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="most images at once (%(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda:0; by default the GPU where there is one")
     parser.add_argument("--annotations", type=Path, help="COCO file that gives the images their ids, by file name")
     parser.add_argument("--no-pictures", action="store_true", help="write no pictures and videos")
     parser.add_argument("--video", type=float, metavar="FPS", help="write the pictures of a folder as one video")
-    parser.add_argument("--also", nargs="*", choices=("csv", "yolo"), default=[], help="beside detections.json")
-    parser.add_argument("--tile", type=int, help="pixels of square tiles to look at beside the whole image")
+    parser.add_argument(
+        "--also", nargs="*", choices=("csv", "yolo"), default=[], help="formats to write beside detections.json"
+    )
+    parser.add_argument("--tile", type=int, help="look at square tiles of so many pixels as well")
     parser.add_argument("--overlap", type=float, default=0.2, help="share of a tile in the next one (%(default)s)")
     parser.add_argument("--flip", action="store_true", help="look at everything mirrored as well, and merge")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes to look at, and merge (1)")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="look at these sizes, and merge (1)")
     parser.add_argument("--set", action="append", default=[], metavar="key.path=value", help="configuration override")
     return run(parser.parse_args(arguments))
 

@@ -1,6 +1,9 @@
-"""Runs a step again whose loss or gradient was not finite, from the file that training left, and says where it began.
+"""Run a step again whose loss or gradient was not finite, and say where it began.
 
-Exit code 1 if it is not finite again, 0 if it is finite now (with other settings, another precision, another device).
+    python -m tools.replay runs/NAME/nonfinite_step….pth
+
+Training left the file. The exit code is 1 if the step is not finite again, and 0 if it is finite now (with other
+settings, another precision or another device).
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ from tools import console
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = console.parser("replay", __doc__)
-    parser.add_argument("dump", type=Path, help="nonfinite_step….pth in the run's output directory")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="instead of the run's own")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="laid over the run's configuration")
+    parser.add_argument("dump", type=Path, help="nonfinite_step….pth in the run directory")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(%(default)s)")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="another precision than the run's")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the run's configuration")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -102,14 +102,14 @@ def read_shares(texts: Sequence[str]) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = console.parser("split_data", __doc__)
-    parser.add_argument("annotations", type=Path, help="COCO file")
+    parser.add_argument("annotations", type=Path, help="COCO file to split")
     parser.add_argument(
         "--splits", nargs="+", default=["train=0.8", "val=0.2"], metavar="NAME=SHARE", help="%(default)s"
     )
     parser.add_argument("--out", type=Path, default=Path("split"), help="folder to write to (%(default)s)")
     parser.add_argument("--group-by", metavar="FIELD", help="images with the same value of this field stay together")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
-    parser.add_argument("--no-stratify", action="store_true", help="do not put each class in its share everywhere")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (%(default)s)")
+    parser.add_argument("--no-stratify", action="store_true", help="share out the images only, not each class")
     options = parser.parse_args(arguments)
     shares = read_shares(options.splits)
     targets = {name: options.out / f"instances_{name}.json" for name in shares}

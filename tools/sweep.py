@@ -1,4 +1,7 @@
-"""Runs a grid of overrides: python -m tools.sweep --cfg configs/align_dino.yaml KEY=a,b,c seed=0..2 --out runs/NAME.
+"""Run a grid of settings.
+
+    python -m tools.sweep --cfg configs/align_dino.yaml KEY=a,b,c seed=0..2 --out runs/NAME
+    python -m tools.sweep --sweep configs/sweeps/components_shapes.yaml --out runs/NAME
 
 Everything is validated before the first run starts. Called again, it finishes what is missing and repeats nothing.
 Without a grid, it goes on with the sweep in --out. `python -m tools.compare` makes the table.
@@ -41,8 +44,8 @@ MAIN = Path(__file__).resolve().parents[1] / "main.py"
 def _parser() -> argparse.ArgumentParser:
     parser = console.parser("sweep", __doc__)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--cfg", type=Path, help="configuration of which everything is a variation")
-    what.add_argument("--sweep", type=Path, help="sweep file (configs/sweeps/*.yaml): configuration, variants and grid")
+    what.add_argument("--cfg", type=Path, help="configuration that all runs vary")
+    what.add_argument("--sweep", type=Path, help="sweep file (configs/sweeps/*.yaml): configuration, variants, grid")
     parser.add_argument("axes", nargs="*", metavar="KEY=VALUES", help="a,b,c or 0..2; a single value is for all runs")
     parser.add_argument("--out", type=Path, required=True, help="directory of the sweep, with one directory a run")
     parser.add_argument("--baseline", help="variant or key=value that compare takes as the baseline; '' for none")
@@ -53,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--run", metavar="NAME", help="run only this one, as the elements of a job array do")
     parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes of each run (torchrun)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time")
-    parser.add_argument("--time-limit", default="24:00:00", help="of each element of a job array (%(default)s)")
+    parser.add_argument("--time-limit", default="24:00:00", help="limit of each array element (%(default)s)")
     return parser
 
 
