@@ -4,7 +4,7 @@
     python main.py --cfg configs/quickstart.yaml --resume auto              # go on from the last checkpoint, or start
     python main.py --eval --resume runs/quickstart/checkpoint_best.pth      # evaluate, and write nothing
 
-``torchrun --nproc-per-node N main.py …`` does it with N processes. docs/using.md explains the keys and the files.
+With torchrun --nproc-per-node N in place of python, N processes share the work. docs/using.md explains keys and files.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="checkpoint to go on from or to evaluate, or 'auto' for the last one in output_dir",
     )
-    parser.add_argument("--init-from", type=Path, metavar="FILE", help="take only weights from it, heads by class name")
+    parser.add_argument("--init-from", type=Path, metavar="FILE", help="start from its weights; heads go by class name")
     parser.add_argument("--eval", action="store_true", help="evaluate the checkpoint and write nothing")
     parser.add_argument("--version", action="version", version=f"align-detr {VERSION}")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the configuration")

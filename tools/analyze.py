@@ -2,9 +2,9 @@
 
     python -m tools.analyze --resume A.pth [B.pth …] --out analysis/NAME
 
-writes analysis.json and figures. The file has the recall of best-regressed samples, the misalignment of score and IoU
-and what it costs in AP, error types, AP of each class, and precision-recall curves. Figures show the same, and where
-the detector looks. Several checkpoints stand side by side in every figure.
+This writes analysis.json and figures. The file has the recall of best-regressed samples, the misalignment of score and
+IoU and what it costs in AP, error types, AP of each class, and precision-recall curves. Figures show the same, and
+where the detector looks. Several checkpoints stand side by side in every figure.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ P = ParamSpec("P")
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Make the parser of ``python -m tools.NAME``, whose help is the module's docstring as it is written."""
+    """Make the parser of ``python -m tools.NAME``, whose help is the module's docstring, without its backticks."""
     return argparse.ArgumentParser(
         prog=f"python -m tools.{name}",
-        description=description,
+        description=(description or "").replace("`", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

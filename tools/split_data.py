@@ -2,9 +2,9 @@
 
     python -m tools.split_data instances.json --splits train=0.8 val=0.1 test=0.1 --group-by video_id --out data/split
 
-writes ``data/split/instances_train.json`` and so on, entries as they are. Images with one value in the field
-``--group-by`` stay together; without the option each image is on its own. Groups with the rarest class are dealt first,
-each to the split that lacks most of that class (after Sechidis et al. 2011, iterative stratification).
+This writes ``data/split/instances_train.json`` and so on, with all entries as they are. Images with the same value of
+the field ``--group-by`` stay together; without the option each image is on its own. Groups with the rarest class are
+dealt first, each to the split that lacks most of that class (after Sechidis et al. 2011, iterative stratification).
 """
 
 from __future__ import annotations
