@@ -2,8 +2,8 @@
 
     python -m tools.ablate --sweep FILE --out runs/NAME
 
-The entry ``declared`` of the file states the hypothesis, the smallest effect of interest and the budget. Seeds are run
-one after the other, and in each the baseline and its variants have the same random numbers. The command ends when every
+The file's entry 'declared' states the hypothesis, the smallest effect of interest and the budget. Seeds are run one
+after the other, and in each the baseline and its variants have the same random numbers. The command ends when every
 variant is known to help, to hurt or to matter too little, or when the budget is spent. Its intervals allow for being
 looked at after each seed. After a stop, the same command goes on.
 """

@@ -1,7 +1,7 @@
 """Find what is wrong with a data set, and draw a page of samples as training sees them.
 
-    python -m tools.check_data --cfg configs/align_dino.yaml [key.path=value ...]
-    python -m tools.check_data --images DIR --annotations FILE.json
+python -m tools.check_data --cfg configs/align_dino.yaml [key.path=value ...]
+python -m tools.check_data --images DIR --annotations FILE.json
 """
 
 from __future__ import annotations

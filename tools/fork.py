@@ -67,7 +67,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="scale loss weights so that gradients at the fork are as large as the baseline's",
     )
     parser.add_argument(
-        "--parts-every", type=int, default=10, metavar="N", help="steps between gradient parts (%(default)s)"
+        "--parts-every", type=int, default=10, metavar="N", help="steps between measured shares (%(default)s)"
     )
     parser.add_argument(
         "--samples", type=int, default=1000, help="resamples of the bootstrap over images (%(default)s)"

@@ -7,7 +7,7 @@
 ``found/`` then holds each picture (or video) with its boxes, and ``detections.json``: a list of COCO results (image_id,
 category_id, bbox as x, y, width, height in pixels, score) with the file's name added. Pixels are taken as stored: EXIF
 orientation is ignored, as in COCO. Files that cannot be read are named and skipped. The frames of a video have its
-name, and their number, from 0 on, as ``frame``. With --video the pictures of a folder are written as one MP4 of its
+name, and their number, from 0 on, under 'frame'. With --video the pictures of a folder are written as one MP4 of its
 name, in the order of the numbers in their names.
 """
 

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("split_data", __doc__)
     parser.add_argument("annotations", type=Path, help="COCO file to split")
     parser.add_argument(
-        "--splits", nargs="+", default=["train=0.8", "val=0.2"], metavar="NAME=SHARE", help="%(default)s"
+        "--splits", nargs="+", default=["train=0.8", "val=0.2"], metavar="NAME=SHARE", help="(train=0.8 val=0.2)"
     )
     parser.add_argument("--out", type=Path, default=Path("split"), help="folder to write to (%(default)s)")
     parser.add_argument("--group-by", metavar="FIELD", help="images with the same value of this field stay together")
