@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.parts.backbone import BackboneConfig
 from models.parts.position_encoding import SinePositionEncoding
-from models.parts.postprocess import best_pairs, to_pixels
+from models.parts.postprocess import best_pairs, to_pixels, without_duplicates
 from structures import Detections, DetectorOutputs, Images, Targets
 
 
@@ -40,6 +40,9 @@ class DetectorConfig(ABC):
     """Encoding of pixels in the encoder."""
     detections_per_image: int = 300
     """Detections kept by the post-processing."""
+    nms_iou: float | None = None
+    """Overlap above which a detection that repeats a better one of its class is dropped; null keeps all, as published.
+    After short training queries still repeat each other, long training leaves little to drop."""
     gradient_checkpointing: bool = False
     """Recompute activations of backbone, encoder and decoder in the backward pass: less memory, more time."""
 
@@ -55,6 +58,8 @@ class DetectorConfig(ABC):
             raise ValueError(f"embed_dim {self.embed_dim} must be divisible by 4 and by num_heads {self.num_heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), found {self.dropout}")
+        if self.nms_iou is not None and not 0 < self.nms_iou <= 1:
+            raise ValueError(f"nms_iou must lie in (0, 1], or be null, found {self.nms_iou}")
 
     def require_positive(self, *names: str) -> None:
         """Raise ValueError where one of the named fields is less than 1."""
@@ -135,13 +140,18 @@ class Detector(nn.Module, ABC):
             sizes: [B, 2] (height, width) in pixels to which the boxes are scaled.
 
         Returns:
-            scores [B, N], labels [B, N] int64, boxes [B, N, 4] xyxy in pixels, clipped to the image.
+            scores [B, N] (0 for what ``nms_iou`` drops), labels [B, N] int64, boxes [B, N, 4] xyxy in pixels, clipped
+            to the image.
         """
         logits, boxes = outputs.result
         scores, labels, query = self.select(self.scores(logits))
         boxes = boxes.float().gather(1, query[..., None].expand(-1, -1, 4))
-        return scores, labels, to_pixels(boxes, sizes)
+        found = scores, labels, to_pixels(boxes, sizes)
+        return found if self.config.nms_iou is None else without_duplicates(*found, self.config.nms_iou)
 
     def postprocess(self, outputs: DetectorOutputs, original_sizes: Tensor) -> list[Detections]:
         """Detections of each image, in pixels of the original images of [B, 2] (height, width)."""
-        return [Detections(*image) for image in zip(*self.detect(outputs, original_sizes), strict=True)]
+        detections = [Detections(*image) for image in zip(*self.detect(outputs, original_sizes), strict=True)]
+        if self.config.nms_iou is None:
+            return detections
+        return [Detections(*(part[found.scores > 0] for part in found)) for found in detections]

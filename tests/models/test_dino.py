@@ -181,6 +181,7 @@ def test_bf16_autocast_keeps_boxes_in_fp32(tiny_config, make_batch):
         ({"num_queries": 0}, "at least 1: num_queries 0"),
         ({"num_heads": 0, "detections_per_image": -1}, "at least 1: num_heads 0, detections_per_image -1"),
         ({"dropout": 1.0}, "dropout"),
+        ({"nms_iou": 0}, "nms_iou must lie in"),
         ({"proposal_size": 0.0}, "proposal_size"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from family import FAMILY, criterion_for, forms
 from torch import Tensor
+from torchvision.ops import box_iou
 
 import schema
 from analysis.looking import recorded
@@ -147,6 +148,27 @@ def test_detections_against_a_loop(name, make_batch):
         for label, box, (_, c, q) in zip(found.labels.tolist(), found.boxes_xyxy, expected, strict=True):
             assert label == c
             torch.testing.assert_close(box, cxcywh_to_xyxy(boxes[b, q]).clamp(0, 1) * scale)
+
+
+@every_detector
+def test_repeated_detections_are_dropped_where_it_is_said(name, make_batch):
+    config, batch = FAMILY[name], make_batch()
+    model = build(name).eval()
+    with torch.no_grad():
+        outputs = model(batch.images)
+        outputs.result.boxes[..., 2:] += 0.5  # so that some do
+        all_of_them = model.postprocess(outputs, batch.original_sizes)
+        model.config = dataclasses.replace(config, nms_iou=0.3)
+        found = model.postprocess(outputs, batch.original_sizes)
+    for every, kept in zip(all_of_them, found, strict=True):
+        expected = []
+        for i, (box, label) in enumerate(zip(every.boxes_xyxy, every.labels, strict=True)):
+            better = every.boxes_xyxy[:i][every.labels[:i] == label]
+            if not len(better) or float(box_iou(box[None], better).max()) <= 0.3:
+                expected.append(i)
+        assert 0 < len(expected) < len(every.scores)
+        for part, ours in zip(every, kept, strict=True):
+            assert torch.equal(ours, part[expected])
 
 
 @every_detector
