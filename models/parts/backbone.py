@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.parts import timm_models
+from models.parts.any_size import accept_any_size
 from models.parts.backbone_weights import select_weights
 from models.parts.feature_pyramid import SimpleFeaturePyramid
 from models.parts.frozen_norms import fold_all, freeze_norms
-from models.parts.swin import accept_any_size
 from models.parts.timm_models import Channels, Outline, names_in_whole, outline, parameters_of_maps
 from ops.errors import describe_error
 

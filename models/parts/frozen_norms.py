@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import Conv2dSame, FrozenBatchNormAct2d, freeze_batch_norm_2d, pad_same
+from timm.layers import FrozenBatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FrozenBatchNorm2d
+
+from models.parts.any_size import EvenConv2dSame
 
 
 class FrozenNorm(FrozenBatchNorm2d):
@@ -52,8 +54,8 @@ class NormedConv(nn.Conv2d):
         return self._conv_forward(input, weight, shift)
 
 
-class NormedConvSame(Conv2dSame):
-    """The same for timm's convolution with TensorFlow's padding."""
+class NormedConvSame(EvenConv2dSame):
+    """The same for a convolution with TensorFlow's padding."""
 
     norm: tuple[Any]
     now: Folded | None = None
@@ -61,8 +63,7 @@ class NormedConvSame(Conv2dSame):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C', H', W'], normalised."""
         weight, shift = self.now or fold(self)
-        padded = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
-        return F.conv2d(padded, weight, shift, self.stride, (0, 0), self.dilation, self.groups)
+        return F.conv2d(self.padded(x), weight, shift, self.stride, (0, 0), self.dilation, self.groups)
 
 
 class Folded(NamedTuple):
@@ -74,7 +75,7 @@ class Folded(NamedTuple):
     """[C'], the bias."""
 
 
-_NORMED: dict[type, type] = {nn.Conv2d: NormedConv, Conv2dSame: NormedConvSame}
+_NORMED: dict[type, type] = {nn.Conv2d: NormedConv, EvenConv2dSame: NormedConvSame}
 
 
 def freeze_norms(body: nn.Module, image_size: tuple[int, int]) -> tuple[nn.Module, list[Any]]:

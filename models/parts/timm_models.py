@@ -13,7 +13,7 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
-from models.parts.swin import accept_any_size
+from models.parts.any_size import accept_any_size
 from ops.errors import describe_error
 
 _PROBE = (97, 161)
@@ -190,14 +190,20 @@ def _options_for_any_size(whole: nn.Module) -> dict[str, Any]:
 
 
 def _size_multiple(cut: Any, name: str) -> int:
-    """The least multiple to which images of any size must be padded: none, its stride, 32, or its training images."""
+    """The least multiple to which images of any size must be padded: none, its stride, 32, or its training images.
+
+    Layers that pad as TensorFlow does, by as much as a size leaves over, would look at a pixel's left neighbour or at
+    itself as the size happens to be; so images are padded to the model's stride, where they always do the same.
+    """
     accept_any_size(cut)
     trained: Any = timm.get_pretrained_cfg(name)
     own = int(trained.input_size[-1])
     device = next(cut.parameters()).device
     rows, columns = (1, 2) if str(getattr(cut, "output_fmt", "NCHW")).endswith("NHWC") else (2, 3)
     bounded = any(type(module).__name__ in _BOUNDED for module in cut.modules())
-    for multiple in sorted({1, max(cut.feature_info.reduction()), 32, own} if not bounded else ()):
+    stride = max(cut.feature_info.reduction())
+    least = stride if any(type(module).__name__.endswith("Same") for module in cut.modules()) else 1
+    for multiple in sorted({least, stride, 32, own} if not bounded else ()):
         height, width = (-(-size // multiple) * multiple for size in _PROBE)
         try:
             with torch.no_grad():

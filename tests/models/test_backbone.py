@@ -59,6 +59,19 @@ def test_only_the_stem_frozen(tmp_path):
     assert trainable == {"layer1", "layer2", "layer3", "layer4"}
 
 
+def test_tensorflows_padding_is_that_of_whole_strides():
+    """It pads by what a size leaves over: with one more row or column, every convolution would look elsewhere."""
+    model = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(2, 3, 4)).eval()
+    backbone = scratch(model="tf_efficientnet_lite0").build().eval()
+    backbone.body.load_state_dict(model.state_dict())
+    image = torch.randn(1, 3, 97, 161)
+    with torch.no_grad():
+        found, expected = backbone(image), model(nn.functional.pad(image, (0, 192 - 161, 0, 128 - 97)))
+    for feature, whole, (height, width) in zip(found, expected, ((13, 21), (7, 11), (4, 6)), strict=True):
+        assert feature.shape[-2:] == (height, width)
+        torch.testing.assert_close(feature, whole[..., :height, :width], rtol=1e-4, atol=1e-5)
+
+
 def test_dilation_computes_as_torchvision_does_with_the_same_weights():
     """DETR's DC5: the last stage keeps the resolution of the one before."""
     backbone = scratch(model="resnet50", dilation=True, strides=(16,)).build().eval()

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from models import BackboneConfig
-from models.parts.swin import accept_any_size
+from models.parts.any_size import accept_any_size
 from models.parts.timm_models import Outline, frozen_parameters, names_in_whole, outline
 
 SIZES = (97, 161), (224, 320)

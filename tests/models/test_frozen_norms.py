@@ -12,6 +12,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from models.parts.any_size import accept_any_size
 from models.parts.frozen_norms import FrozenNorm, fold_all, freeze_norms
 
 
@@ -40,6 +41,7 @@ def test_features_and_gradients_are_those_of_separate_norms(name: str, at_once: 
     model.requires_grad_(True)
     next(model.parameters()).requires_grad_(False)  # of a frozen stage
     apart = freeze_batch_norm_2d(copy.deepcopy(model))
+    accept_any_size(model)
     folded, convolutions = freeze_norms(model.float(), (64, 64))
     folded.double()
     norms = [module for module in folded.modules() if hasattr(module, "folded")]
