@@ -127,17 +127,24 @@ class Instructions:
 
     def _mov(self, modifiers: list[str], args: list[str], mask: str, number: int) -> list[str]:
         (kind,) = modifiers
+        bits = int(kind[1:]) if kind != "pred" else 0
         if args[0].startswith("{"):
-            value = self.read(args[1], "u32")
-            halves = zip(re.findall(r"%?\w+", args[0]), (value, f"{value} >> np.uint32(16)"), strict=True)
-            return [self.write(half, "u16", shifted, mask) for half, shifted in halves if half != "tmp"]
+            value = self.read(args[1], kind)
+            halves = zip(re.findall(r"%?\w+", args[0]), (value, f"{value} >> np.uint{bits}({bits // 2})"), strict=True)
+            return [self.write(half, f"u{bits // 2}", shifted, mask) for half, shifted in halves if half != "tmp"]
         if args[1].startswith("{"):
-            low, high = (self.read(part, "u16") for part in re.findall(r"%\w+", args[1]))
-            return [self.write(args[0], "u32", f"{low} | ({high}.astype('u4') << np.uint32(16))", mask)]
+            low, high = (f"asarray({self.read(part, f'u{bits // 2}')}, 'u8')" for part in re.findall(r"%?\w+", args[1]))
+            return [
+                self.write(args[0], kind, f"({low} | {high} << np.uint64({bits // 2})).astype('u{bits // 8}')", mask)
+            ]
         return [self.write(args[0], kind, self.read(args[1], kind), mask)]
 
     def _mul(self, modifiers: list[str], args: list[str], mask: str, number: int) -> list[str]:
         kind = modifiers[-1]
+        if modifiers == ["hi", "u64"]:
+            return [
+                self.write(args[0], kind, f"high_product({self.read(args[1], kind)}, {self.read(args[2], kind)})", mask)
+            ]
         if modifiers[0] in ("wide", "hi"):
             wide = f"{kind[0]}{2 * int(kind[1:])}"
             a, b = self.read(args[1], kind), self.read(args[2], kind)
@@ -348,6 +355,14 @@ def to_integer(value: NDArray[Any], dtype: str, rounding: str) -> NDArray[Any]:
     result = np.where(np.isfinite(clipped), clipped, 0).astype(dtype)
     result = np.where(whole >= float(limits.max), limits.max, result)
     return np.where(np.isnan(whole), limits.min if limits.bits == 64 else 0, result).astype(dtype)
+
+
+def high_product(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    """The upper 64 bits of a product of two unsigned 64-bit numbers."""
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    middle = (a >> half) * (b & low) + ((a & low) * (b & low) >> half)
+    other = (a & low) * (b >> half) + (middle & low)
+    return (a >> half) * (b >> half) + (middle >> half) + (other >> half)
 
 
 def trunc_divide(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:

@@ -79,7 +79,7 @@ class Kernel(Instructions):
         inside = False
         for number, raw in enumerate(self.text):
             line = re.sub(r"//.*", "", raw).strip()
-            line = re.sub(r"^\{ \.reg \.b16 tmp; (.*) \}$", r"\1", line)  # half of a register, which nobody reads
+            line = re.sub(r"^\{ \.reg \.b\d+ tmp; (.*) \}$", r"\1", line)  # half of a register, which nobody reads
             if table := re.match(r"\.const .*\.b8 (\w+)\[(\d+)\] = \{(.*)\};", line):
                 self._add_constant(table[1], int(table[2]), table[3])
             elif parameter := re.match(r"\.param (?:\.align \d+ )?\.\w?(\d+) (\w+)(?:\[(\d+)\])?,?$", line):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx_instructions import DTYPES, to_integer, trunc_divide
+from ptx_instructions import DTYPES, high_product, to_integer, trunc_divide
 from ptx_kernel import END, Kernel
 from ptx_words import NOBODY, Words
 
@@ -115,6 +115,7 @@ class Machine:
             "any_lane": self.any_lane,
             "warp_is_in_order": self.warp_is_in_order,
             "block_is_in_order": self.block_is_in_order,
+            "high_product": high_product,
             "to_integer": to_integer,
             "trunc_divide": trunc_divide,
         }
