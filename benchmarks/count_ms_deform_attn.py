@@ -1,6 +1,7 @@
 """Counts what the CUDA kernels ask of a multiprocessor at the encoder's size: no GPU is needed, and nothing is timed.
 
-    python -m benchmarks.count_ms_deform_attn [--architecture 90] [--blocks 24] [--dtype float32 bfloat16]
+    python -m benchmarks.count_ms_deform_attn [--architecture 90] [--blocks 128] [--dtype float32 bfloat16]
+    python -m benchmarks.count_ms_deform_attn --public ms_deform_im2col_cuda.cuh    # and the public kernel, float32
 
 Some blocks of a launch, evenly spread over the grid, are run by the tests' executor of PTX. Counted are
 
@@ -34,7 +35,7 @@ from benchmarks import ms_deform_attn_cases as sizes
 from benchmarks.sass import instructions_executed
 from ops.ms_deform_attn import cuda
 from ops.ms_deform_attn.arguments import Arguments
-from ops.ms_deform_attn.cuda_compile import compile_kernel
+from ops.ms_deform_attn.cuda_compile import Compiled, compile_kernel
 from ops.ms_deform_attn.cuda_plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -107,34 +108,48 @@ class Counter:
         return missed * SECTOR
 
 
-def resident(plan: Plan, registers: int) -> tuple[int, float]:
+def resident(threads: int, shared_bytes: int, registers: int) -> tuple[int, float]:
     """Blocks on a multiprocessor of an H100, and bytes of L1 for each."""
-    memory = plan.shared_bytes + 1024
-    blocks = min(2048 // plan.threads, 65536 // (-(-registers // 8) * 8 * plan.threads), 228 * 1024 // memory, 32)
+    memory = shared_bytes + 1024
+    blocks = min(2048 // threads, 65536 // (-(-registers // 8) * 8 * threads), 228 * 1024 // memory, 32)
     carve_out = next(kib for kib in CARVE_OUTS if kib * 1024 >= blocks * memory)
     return blocks, (256 - carve_out) * 1024 / blocks
 
 
 def count(plan: Plan, problem: Any, blocks: int, architecture: int, sampled: int) -> dict[str, Any]:
-    """The counts of one launch, scaled up from some of its blocks."""
-    binary, ptx, report = compile_kernel(plan, architecture, ["--generate-line-info"])
-    kernel = executor("ptx_kernel").Kernel(ptx)
-    ids = np.unique(((np.arange(sampled) + 0.5) * blocks / sampled).astype(int))
+    """The counts of one launch of this project's kernels."""
+    compiled = compile_kernel(plan, architecture, ["--generate-line-info"])
     parameter = ctypes.string_at(ctypes.addressof(problem), ctypes.sizeof(problem))
     regions = executor("ptx_launch").regions(plan, problem, blocks)
-    counter = Counter(plan.threads, regions)
-    machine = executor("ptx_machine").Machine(
-        kernel, plan.threads, ids, plan.shared_bytes, parameter, regions, observer=counter
-    )
+    return count_launch(compiled, plan.threads, plan.shared_bytes, parameter, regions, blocks, sampled)
+
+
+def count_launch(
+    compiled: Compiled,
+    threads: int,
+    shared_bytes: int,
+    parameter: bytes,
+    regions: Sequence[Any],
+    blocks: int,
+    sampled: int,
+) -> dict[str, Any]:
+    """The counts of one launch of any kernel, scaled up from some of its blocks."""
+    binary, ptx, report = compiled
+    kernel = executor("ptx_kernel").Kernel(ptx)
+    ids = np.unique(((np.arange(sampled) + 0.5) * blocks / sampled).astype(int))
+    counter = Counter(threads, regions)
+    shared = max(shared_bytes, kernel.static_shared, 16)
+    machine = executor("ptx_machine").Machine(kernel, threads, ids, shared, parameter, regions, observer=counter)
+    machine.names["nctaid"] = np.uint32(blocks)
     machine.run()
     scale = blocks / len(ids)
     executed = machine.executed()
     registers = int((re.search(r"Used (\d+) registers", report) or [0, 0])[1])
-    together, l1 = resident(plan, registers)
+    together, l1 = resident(threads, shared, registers)
     return {
         "registers": registers,
         "spilled": int((re.search(r"(\d+) bytes spill stores", report) or [0, 0])[1]),
-        "shared bytes": plan.shared_bytes,
+        "shared bytes": shared,
         "blocks": together,
         "l1 KiB": round(l1 * together / 1024),
         "instructions": scale * instructions_executed(kernel, executed, binary, ptx),
@@ -166,6 +181,14 @@ def floor_wavefronts(x: sizes.Inputs, backward: bool) -> float:
     return taps * (1 + backward)
 
 
+def about(case: str, kernel: str, x: sizes.Inputs, counts: dict[str, Any]) -> dict[str, Any]:
+    """The counts, the cycles that follow from them, and the floor."""
+    limits, floor = cycles(counts), floor_wavefronts(x, kernel.endswith("backward")) / 132
+    dtype = str(x.value.dtype).removeprefix("torch.")
+    derived = {"cycles": limits, "floor cycles": floor, "times the floor": max(limits.values()) / floor}
+    return {"case": case, "kernel": kernel, "dtype": dtype, **counts, **derived}
+
+
 def measure(case: str, dtype: torch.dtype, architecture: int, sampled: int) -> list[dict[str, Any]]:
     """Forward and backward at one size."""
     x = sizes.make_inputs(case)
@@ -175,22 +198,8 @@ def measure(case: str, dtype: torch.dtype, architecture: int, sampled: int) -> l
     rows: list[dict[str, Any]] = []
 
     def launch(plan: Plan, problem: Any, blocks: int, device: torch.device) -> None:
-        counts = count(plan, problem, blocks, architecture, sampled)
-        backward = plan.source == "backward.cu"
-        limits = cycles(counts)
-        floor = floor_wavefronts(x, backward) / 132
-        rows.append(
-            {
-                "case": case,
-                "kernel": Path(plan.source).stem,
-                "dtype": str(dtype).removeprefix("torch."),
-                "architecture": architecture,
-                **counts,
-                "cycles": limits,
-                "floor cycles": floor,
-                "times the floor": max(limits.values()) / floor,
-            }
-        )
+        name = Path(plan.source).stem
+        rows.append(about(case, name, x, count(plan, problem, blocks, architecture, sampled)))
 
     cuda.launch, before = launch, cuda.launch
     cuda.shared_limit, limit = lambda device: 227 * 1024, cuda.shared_limit  # type: ignore[assignment]
@@ -219,17 +228,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = frame.parser(__doc__)
     parser.add_argument("--architecture", type=int, default=90)
-    parser.add_argument("--blocks", type=int, default=24, help="to execute of each launch")
+    parser.add_argument("--blocks", type=int, default=128, help="to execute of each launch")
     parser.add_argument("--case", choices=sizes.CASES, nargs="+", default=["encoder, grid"])
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32", "bfloat16"]
     )
+    public = importlib.import_module("benchmarks.count_public_kernel")
+    file = "Deformable-DETR's ms_deform_im2col_cuda.cuh"
+    parser.add_argument("--public", type=public.device_part, metavar="FILE", help=file)
     arguments = parser.parse_args(argv)
     rows = []
     for case in arguments.case:
         for dtype in arguments.dtype:
             rows += measure(case, getattr(torch, dtype), arguments.architecture, arguments.blocks)
             print(*(show(row) for row in rows[-2:]), sep="\n", flush=True)
+    if arguments.public:
+        for kernel in ("forward", "backward"):
+            x, counts = public.count(arguments.public, kernel, arguments.architecture, arguments.blocks)
+            rows.append(about("encoder, grid", f"public {kernel}", x, counts))
+            print(show(rows[-1]), flush=True)
     frame.save(arguments.save, {"rows": rows})
 
 

@@ -44,13 +44,13 @@ class Variant(NamedTuple):
 def signature_of(case: str, dtype: torch.dtype) -> Signature:
     """Of the fused form at one of the sizes."""
     encoder = case.startswith("encoder")
-    return Signature(TYPES[dtype], 0, CHANNELS, len(sizes.SHAPES), POINTS, 2 if encoder else 4, encoder)
+    return Signature(TYPES[dtype], 0, HEADS, CHANNELS, len(sizes.SHAPES), POINTS, 2 if encoder else 4, encoder)
 
 
 def forward_variants(signature: Signature) -> Iterator[Variant]:
     """The default first."""
     yield Variant("default", forward_plan(signature))
-    tiles = ((16, 4), (8, 8), (8, 4), (4, 4)) if signature.tiled else ((8, 4), (4, 4), (4, 2), (2, 2))
+    tiles = ((16, 8), (8, 16), (16, 4), (8, 8), (8, 4)) if signature.tiled else ((8, 4), (4, 4), (4, 2), (2, 2))
     for tile, threads in itertools.product(tiles, (128, 256, 512)):
         yield Variant(f"{tile[0]}x{tile[1]}, {threads} threads", forward_plan(signature, (tile,), threads))
 

@@ -48,7 +48,7 @@ def check() -> None:
     capability = torch.cuda.get_device_capability(device)
     if capability < LOWEST_CAPABILITY:
         raise BackendUnavailableError(f"compute capability {capability[0]}.{capability[1]}, at least 7.5 is needed")
-    _function(forward_plan(Signature(0, 0, 32, 4, 4, 2, True)), device.index)
+    _function(forward_plan(Signature(0, 0, 8, 32, 4, 4, 2, True)), device.index)
 
 
 def describe(device: torch.device) -> str:
@@ -172,7 +172,10 @@ def backward(
     call.run(plan, grad_output=_aligned(grad_output.to(value.dtype)), **gradients)
     grad_value = gradients["grad_value"]
     if "scale" in gradients:
-        grad_value = grad_value * gradients["scale"].reciprocal()  # of a power of two: rounded once, to float32
+        sums = grad_value.unflatten(3, (signature.vector, -1)).mT  # from the order of csrc/backward.cuh
+        grad_value = torch.empty(sums.shape, device=sums.device)
+        torch.mul(sums, gradients["scale"].reciprocal(), out=grad_value)  # of a power of two: rounded once, to float32
+        grad_value = grad_value.view(value.shape)
     grad_reference = gradients.get("grad_reference")
     if grad_reference is not None and reference is not None:
         grad_reference = grad_reference.sum(2).to(reference.dtype)
@@ -217,7 +220,8 @@ class _Call:
         B, Q, _, L, P, _ = samples.shape
         size = 0 if reference is None else reference.shape[-1]
         tiled = value.shape[1] == Q
-        self.signature = Signature(TYPES[value.dtype], TYPES[dtype], value.shape[3], L, P, size, tiled)
+        H, D = value.shape[2:]
+        self.signature = Signature(TYPES[value.dtype], TYPES[dtype], H, D, L, P, size, tiled)
         self.empty = B * Q == 0
 
     def run(self, plan: Plan, **tensors: Tensor) -> None:

@@ -23,9 +23,8 @@ MAX_SORTED_PIXELS = 2**20 - 1
 MAX_SORTED_SAMPLES = 1024
 """Of a block's queries and all levels."""
 Tiles = tuple[tuple[int, int], ...]
-TILES: Tiles = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))
+TILES: Tiles = ((16, 8), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))
 """Width and height in queries of a block's tile, largest first."""
-FORWARD_THREADS = 256
 SORTED_BLOCKS = 3
 """At most so many blocks a multiprocessor are to have registers: 80 for each of 256 threads."""
 PLAIN_SHARED_BYTES = 48 * 1024
@@ -43,6 +42,7 @@ class Signature(NamedTuple):
 
     value_type: int
     sample_type: int
+    heads: int
     channels: int
     levels: int
     points: int
@@ -50,6 +50,11 @@ class Signature(NamedTuple):
     """2 or 4; 0 for the unfused form."""
     tiled: bool
     """Queries are the pixels, in the same order."""
+
+    @property
+    def vector(self) -> int:
+        """Channels that a lane reads at a time."""
+        return math.gcd(self.channels, 4 if self.value_type == 0 else 8)
 
 
 class Plan(NamedTuple):
@@ -70,14 +75,14 @@ class Plan(NamedTuple):
 
 
 @functools.cache
-def forward_plan(signature: Signature, tiles: Tiles | None = None, threads: int = FORWARD_THREADS) -> Plan:
+def forward_plan(signature: Signature, tiles: Tiles | None = None, threads: int | None = None) -> Plan:
     """The forward: the first tile whose samples fit into the shared memory that every architecture has, or the last."""
-    samples = signature.levels * signature.points
-    for width, height in tiles or (TILES if signature.tiled else TILES[1:]):
-        shared = width * height * ((samples | 1) * 16 + 8) + signature.levels * 16
+    for width, height in tiles or (TILES if signature.tiled else TILES[2:]):
+        shared = _forward_bytes(signature, width * height)
         if shared <= PLAIN_SHARED_BYTES:
             break
     extra = (("DETERMINISTIC", "0"),)
+    threads = threads or (512 if width * height > 64 else 256)
     return _plan("forward.cu", signature, (width, height), signature.tiled, threads, shared, 1024 // threads, extra)
 
 
@@ -94,18 +99,25 @@ def backward_plan(
     if signature.tiled:
         warps_sorted = warps or min(2 * max(signature.levels, 2), 16)
         for limit in (shared_limit // 2 - RESERVED_SHARED_BYTES, shared_limit):
-            for tile in tiles or TILES[:3]:
+            for tile in tiles or TILES[1:4]:
                 shared = _backward_bytes(signature, tile, warps_sorted)
                 if shared <= limit and tile[0] * tile[1] * signature.levels * signature.points <= MAX_SORTED_SAMPLES:
                     fitting = max((shared_limit + RESERVED_SHARED_BYTES) // (shared + RESERVED_SHARED_BYTES), 1)
                     together = min(blocks - deterministic, fitting, 1024 // (32 * warps_sorted))
                     return _backward_plan(signature, deterministic, tile, True, warps_sorted, shared, together)
     warps = warps or 4
-    for tile in tiles or TILES[1:]:
+    for tile in tiles or TILES[2:]:
         shared = _backward_bytes(signature, tile, 0)
         if shared <= PLAIN_SHARED_BYTES:
             break
     return _backward_plan(signature, deterministic, tile, False, warps, shared, 32 // warps)
+
+
+def _forward_bytes(signature: Signature, queries: int) -> int:
+    """Shared memory of the forward: see ``struct Shared`` of csrc/forward.cu."""
+    narrow = signature.channels // signature.vector <= 4
+    padding = (1 + (signature.points % 2 == 0)) * narrow
+    return 16 * signature.levels + 8 * queries * (signature.levels * signature.points + padding)
 
 
 def _backward_bytes(signature: Signature, tile: tuple[int, int], sorting_warps: int) -> int:
@@ -115,13 +127,11 @@ def _backward_bytes(signature: Signature, tile: tuple[int, int], sorting_warps: 
     rows = (queries + (sorting_warps > 0)) * signature.channels * item
     tables = signature.levels * (level_samples + (8 if sorting_warps else 0))
     dots = -(-tables // 32) * 32 if sorting_warps else tables + 8
-    vector = math.gcd(signature.channels, 16 // item)
-    vectors = signature.channels // vector
-    lanes = vectors // 2 if item == 4 and vectors % 2 == 0 else vectors
+    lanes = signature.channels // signature.vector
     groups = 32 // min(1 << (lanes - 1).bit_length(), 32)
     entries = groups * -(-level_samples // (4 * groups)) * 4
     lists = sorting_warps * entries * 8
-    small = 16 * signature.levels + max(8 * queries, sorting_warps * 64 * 4)
+    small = 16 * signature.levels + (sorting_warps * 64 * 4 or 4 * queries)
     return -(-rows // 16) * 16 + 16 * dots + small + lists + (20 if sorting_warps else 16) * tables
 
 
@@ -151,6 +161,7 @@ def _plan(
     macros = {
         "VALUE_TYPE": signature.value_type,
         "SAMPLE_TYPE": signature.sample_type,
+        "HEADS": signature.heads,
         "CHANNELS": signature.channels,
         "LEVELS": signature.levels,
         "POINTS": signature.points,
@@ -175,8 +186,8 @@ def problem_type(levels: int) -> type[ctypes.Structure]:
             *((name, ctypes.c_void_p) for name in POINTERS),
             ("pixels", ctypes.c_longlong),
             ("queries", ctypes.c_longlong),
-            ("heads", ctypes.c_int),
             ("tiles", ctypes.c_int),
+            ("shift", ctypes.c_int),
             ("shapes", ctypes.c_int * 4 * levels),
         )
 
@@ -189,7 +200,7 @@ def lay_out(
     """The kernel's argument, pointers not yet set, and the number of blocks."""
     width, height = plan.tile
     levels = len(spatial_shapes) // 2
-    problem = problem_type(levels)(pixels=pixels, queries=queries, heads=heads)
+    problem = problem_type(levels)(pixels=pixels, queries=queries)
     first_pixel = tiles = 0
     for level in range(levels):
         h, w = spatial_shapes[2 * level : 2 * level + 2]
@@ -199,4 +210,5 @@ def lay_out(
     if not plan.tiled:
         tiles = -(-queries // (width * height))
     problem.tiles = tiles
+    problem.shift = min(19, 28 - (max(spatial_shapes) + 1).bit_length())
     return problem, images * tiles * heads

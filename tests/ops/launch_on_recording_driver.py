@@ -36,7 +36,7 @@ def main() -> None:
     pretended.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0x57)
     pretended.get_device_capability = lambda device: (9, 0)
     pretended.get_device_properties = lambda device: types.SimpleNamespace(shared_memory_per_multiprocessor=228 * 1024)
-    plan = backward_plan(Signature(0, 0, 32, 4, 4, 2, True), 227 * 1024, False)
+    plan = backward_plan(Signature(0, 0, 8, 32, 4, 4, 2, True), 227 * 1024, False)
     problem, blocks = lay_out(plan, [10, 10, 5, 5, 3, 3, 2, 2], 2, 138, 138, 8)
     problem.value, problem.scale = 0x1230, 0x4560
     for _ in range(2):

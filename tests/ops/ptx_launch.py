@@ -32,9 +32,11 @@ def kernel_of(plan: Plan, architecture: int) -> Kernel:
 def regions(plan: Plan, problem: Any, blocks: int) -> list[Region]:
     """The tensors that a problem points to; what the kernel writes is writable."""
     macros = dict(plan.macros)
-    levels, points, channels, size = (int(macros[k]) for k in ("LEVELS", "POINTS", "CHANNELS", "REFERENCE_SIZE"))
+    levels, points, heads, channels, size = (
+        int(macros[k]) for k in ("LEVELS", "POINTS", "HEADS", "CHANNELS", "REFERENCE_SIZE")
+    )
     value, sample = (4 if macros[k] == "0" else 2 for k in ("VALUE_TYPE", "SAMPLE_TYPE"))
-    images, heads = blocks // (problem.tiles * problem.heads), problem.heads
+    images, heads = blocks // (problem.tiles * heads), heads
     rows = images * problem.queries * heads
     samples, pixels = rows * levels * points, images * problem.pixels * heads * channels
     inputs = {

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 103, 120)
 SHARED_BYTES = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 """KiB of shared memory that a block may have."""
-MODEL = Signature(value_type=0, sample_type=0, channels=32, levels=4, points=4, reference_size=2, tiled=True)
+MODEL = Signature(value_type=0, sample_type=0, heads=8, channels=32, levels=4, points=4, reference_size=2, tiled=True)
 
 
 def has_nvrtc() -> bool:
@@ -107,7 +107,7 @@ def test_limits_of_the_kernels() -> None:
 @pytest.mark.skipif(not has_nvrtc() or available_backends()["cpu"] is not None, reason="no NVRTC or no C++ compiler")
 def test_launch_reaches_the_driver_as_meant(tmp_path: Path) -> None:
     """Through the real cuda.bindings to a library in the place of the driver."""
-    plan = backward_plan(Signature(0, 0, 32, 4, 4, 2, True), 227 * 1024, False)
+    plan = backward_plan(Signature(0, 0, 8, 32, 4, 4, 2, True), 227 * 1024, False)
     cuda_compile.cached_kernel(plan, 90)  # NVRTC asks the driver for more than the library has
     compile_shared(
         compiler_command(), ("-fPIC", "-shared", "-ldl"), HERE / "recording_driver.cpp", tmp_path / "libcuda.so.1"

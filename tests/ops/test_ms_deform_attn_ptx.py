@@ -120,6 +120,15 @@ def test_ptx_sums_and_not_taps_are_added_to_memory(host: Launches) -> None:
     assert host.adds < 0.3 * 2 * inside * D
 
 
+@pytest.mark.parametrize("tiled", [True, False])
+def test_ptx_softmax_of_logits_far_from_zero(tiled: bool, host: Launches) -> None:
+    """Exponentials that cannot be summed as they are, of some of the queries; those of others can."""
+    case = make_pyramid(9, B=1, Q=99, D=8, P=4, shapes=[(9, 11)]) if tiled else make_case(9, B=1, Q=33, D=8, P=5)
+    far = torch.tensor([-500.0, 0.0, 90.0])[torch.arange(case.logits.shape[1]) % 3]
+    case.logits = case.logits * 20 + far[None, :, None, None, None].double()
+    check_against_reference(case, torch.float32, torch.float32, fused=True)
+
+
 def test_ptx_taps_of_images_with_too_many_pixels_are_not_sorted(
     host: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

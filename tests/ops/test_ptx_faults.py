@@ -85,8 +85,8 @@ FAULTS = {
     "a list that ends too early": ("sorted.cuh", "n = total + lane", "n = total + lane + 1", "uninitialised"),
     "a shuffle that some lanes skip": (
         "sorted.cuh",
-        "      sum_over_lanes<GROUP>(",
-        "      if (threadIdx.x % 32 < 31) sum_over_lanes<GROUP>(",
+        "      sum_over_lanes<LANES>(",
+        "      if (threadIdx.x % 32 < 31) sum_over_lanes<LANES>(",
         "threads wait for each other for ever",
     ),
     "a barrier that a warp skips": (
@@ -95,6 +95,13 @@ FAULTS = {
         "  if (threadIdx.x / 32 != 1) __syncthreads();\n  write_samples(p, block, s);",
         "a race",
     ),
+    "places are read too early": (
+        "forward.cu",
+        "  locate_all(p, block, s);\n  __syncthreads();",
+        "  locate_all(p, block, s);",
+        "a race of a read after a write",
+    ),
+    "a tap beyond the border": ("forward.cu", "pixel < size ? axis ? 12 : 10", "true ? axis ? 12 : 10", "not close"),
     "a row far beyond the last": ("samples.cuh", "level.start + (row", "level.start + 99 + (row", "out of bounds"),
     "sums are stored, not added": ("device.cuh", "red.global.add.f32", "st.global.f32", "two threads write"),
     "an input is written": ("backward.cu", "(p.grad_samples + 2 * at", "((float*)p.samples + 2 * at", "an input"),
@@ -117,8 +124,8 @@ def test_planted_faults_are_found(fault: str, plant: Plant, host: Launches) -> N
 
 def test_too_little_shared_memory_is_out_of_bounds(host: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = cuda.forward_plan
-    monkeypatch.setattr(cuda, "forward_plan", lambda s: plan(s)._replace(shared_bytes=plan(s).shared_bytes - 8))
-    with pytest.raises(PtxFaultError, match=r"out of bounds: block 0, thread \d+, line \d+: .*\.shared\."):
+    monkeypatch.setattr(cuda, "forward_plan", lambda s: plan(s)._replace(shared_bytes=plan(s).shared_bytes // 2))
+    with pytest.raises(PtxFaultError, match=r"out of bounds: block \d, thread \d+, line \d+: .*\.shared\."):
         run_both()
 
 

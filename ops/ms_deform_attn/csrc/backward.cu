@@ -9,9 +9,9 @@
 
 // From the dot products to the gradients of weights and locations; one sample a thread.
 __device__ inline void write_samples(const Problem& p, const Block& block, const Shared& s) {
-  for (unsigned i = threadIdx.x; i < QUERIES * SAMPLES; i += THREADS) {
+  for_own<QUERIES * SAMPLES>([&](unsigned i, unsigned) {
     const int query = block.query(p, i / SAMPLES);
-    if (query < 0) continue;
+    if (query < 0) return;
     const unsigned place = place_of(i);
     // If sorted, dot products lie by the parities of column and row.
     const int turn = SORTED ? s.samples[place] & 3 : 0;
@@ -25,19 +25,19 @@ __device__ inline void write_samples(const Problem& p, const Block& block, const
     const float along_y = attention * (lower - upper);
     float reference[REFERENCE_SIZE];
     load_reference(p, query, reference);
-    const float2 scale = offset_scale(reference, s.levels[i % SAMPLES / POINTS]);
+    const Level& level = s.levels[i % SAMPLES / POINTS];
+    const float2 scale = offset_scale(reference, level.width, level.height);
     const float grad[2] = {along_x * scale.x, along_y * scale.y};
     const int64 at = block.row(p, query, SAMPLES) + i % SAMPLES;
     store<2>(p.grad_samples + 2 * at, grad);
 #if FUSED
     s.dots[place] = weight;
-    s.dots[DOT_PITCH + place] = along_x;
-    s.dots[2 * DOT_PITCH + place] = along_y;
+    if (p.grad_reference) s.dots[DOT_PITCH + place] = along_x, s.dots[2 * DOT_PITCH + place] = along_y;
     s.samples[place] = __float_as_int(attention * weight);
 #else
     narrow(weight, p.grad_weights[at]);
 #endif
-  }
+  });
 }
 
 #if FUSED
@@ -47,8 +47,13 @@ __device__ inline void write_queries(const Problem& p, const Block& block, const
     const int query = block.query(p, i);
     if (query < 0) continue;
     float mean = 0;
-    for (int n = 0; n < SAMPLES; ++n) mean += __int_as_float(s.samples[place_of(i * SAMPLES + n)]);
-    s.terms[i].x = mean;
+    for (int n = 0; n < SAMPLES; n += NEIGHBOURS) {
+      float products[NEIGHBOURS];
+      read<NEIGHBOURS>(reinterpret_cast<const float*>(s.samples) + place_of(i * SAMPLES + n), products);
+#pragma unroll
+      for (int k = 0; k < NEIGHBOURS; ++k) mean += products[k];
+    }
+    s.means[i] = mean;
     if (!p.grad_reference) continue;
     float grad[REFERENCE_SIZE] = {};
 #pragma unroll 1
@@ -71,13 +76,13 @@ __device__ inline void write_queries(const Problem& p, const Block& block, const
 }
 
 __device__ inline void write_logits(const Problem& p, const Block& block, const Shared& s) {
-  for (unsigned i = threadIdx.x; i < QUERIES * SAMPLES; i += THREADS) {
+  for_own<QUERIES * SAMPLES>([&](unsigned i, unsigned) {
     const int query = block.query(p, i / SAMPLES);
-    if (query < 0) continue;
+    if (query < 0) return;
     const unsigned place = place_of(i);
-    const float grad = s.weights[place] * (s.dots[place] - s.terms[i / SAMPLES].x);
+    const float grad = s.weights[place] * (s.dots[place] - s.means[i / SAMPLES]);
     narrow(grad, p.grad_weights[block.row(p, query, SAMPLES) + i % SAMPLES]);
-  }
+  });
 }
 #endif
 
@@ -94,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ms_deform_attn_b
   const Block block(p);
   const float scale = DETERMINISTIC ? *p.scale : 1.0f;
   describe_levels(p, block, s.levels);
-  softmax_of_block(p, block, s.dots, s.terms);
+  softmax_of_block(p, block, s);
   locate_all(p, block, s);
   __syncthreads();
 #if SORTED

@@ -1,7 +1,7 @@
 // What the kernels need of the device: 16-bit types, wide loads and reductions. No CUDA header is included, so that NVRTC
 // needs nothing but itself.
 //
-// Set when compiled: VALUE_TYPE and SAMPLE_TYPE (0 float32, 1 bfloat16, 2 float16), CHANNELS, LEVELS, POINTS, FUSED,
+// Set when compiled: VALUE_TYPE and SAMPLE_TYPE (0 float32, 1 bfloat16, 2 float16), HEADS, CHANNELS, LEVELS, POINTS, FUSED,
 // REFERENCE_SIZE (2 points, 4 boxes), TILED, TILE_WIDTH, TILE_HEIGHT, THREADS, BLOCKS, and for the backward DETERMINISTIC and
 // SORTED.
 #pragma once
@@ -24,6 +24,12 @@ __device__ inline float widen(bf16 x) { return __uint_as_float(static_cast<unsig
 __device__ inline float widen(fp16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+__device__ inline float exponential(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
   return y;
 }
 

@@ -3,7 +3,7 @@
 
 #include "backward.cuh"
 
-// Adds the taps of a sample to VECTOR channels of grad_value, of which the first pixel's begin at first.
+// Adds the taps of a sample to VECTOR channels of grad_value, of which the first pixel's sums begin at first.
 __device__ inline void add_taps(const Problem& p, const Shared& s, unsigned place, int columns, const float* grad, int64 first,
                                 float scale) {
   const int sample = s.samples[place];
@@ -12,21 +12,18 @@ __device__ inline void add_taps(const Problem& p, const Shared& s, unsigned plac
   for (int tap = 0; tap < 4; ++tap) {
     if (!(sample >> tap & 1)) continue;
     const float factor = s.weights[place] * at.factor_x(tap) * at.factor_y(tap);
-    const int64 to = first + static_cast<int64>(pixel_of(sample, tap, columns)) * p.heads * CHANNELS;
+    const int64 to = first + static_cast<int64>(pixel_of(sample, tap, columns)) * HEADS * CHANNELS;
+    float added[VECTOR];
 #pragma unroll
-    for (int c = 0; c < VECTOR; c += STEP) {
-      float added[STEP];
-#pragma unroll
-      for (int k = 0; k < STEP; ++k) added[k] = grad[c + k] * factor;
-      add_shared_by_blocks<STEP>(p.grad_value + to + c, added, scale);
-    }
+    for (int c = 0; c < VECTOR; ++c) added[c] = grad[c] * factor;
+    add_sums(p.grad_value + to, added, scale);
   }
 }
 
 // Groups of lanes have a sample each.
 __device__ inline void gather(const Problem& p, const Block& block, const Shared& s, float scale) {
   constexpr unsigned groups = THREADS / LANES, count = QUERIES * SAMPLES;
-  const unsigned lane = threadIdx.x % LANES, stride = p.heads * CHANNELS * sizeof(value_t);
+  const unsigned lane = threadIdx.x % LANES, stride = HEADS * CHANNELS * sizeof(value_t);
   const int64 first = first_element(p, block);
   // All lanes of a warp take part in the sums, whether there is a sample for them or not.
 #pragma unroll 1
@@ -46,7 +43,7 @@ __device__ inline void gather(const Problem& p, const Block& block, const Shared
       for (int tap = 0; tap < 4; ++tap)
 #pragma unroll
         for (int c = 0; c < VECTOR; ++c) dots[tap] += rows[tap][c] * grad[c];
-      add_taps(p, s, place, columns, grad, first + channel, scale);
+      add_taps(p, s, place, columns, grad, first + place_of_sum(channel), scale);
     }
     sum_over_lanes<LANES>(dots, lane, [&](int tap, float sum) {
       if (used) s.dots[tap * DOT_PITCH + place] = sum;

@@ -6,8 +6,6 @@
 constexpr int SAMPLES = LEVELS * POINTS;
 constexpr int QUERIES = TILE_WIDTH * TILE_HEIGHT;  // of a block, all of one image and head
 
-constexpr bool ONE_LEVEL = THREADS % SAMPLES == 0;  // that a thread has samples of, if it has every THREADS-th
-
 // How a row of the value is read: VECTORS accesses of VECTOR channels by LANES neighbouring lanes, a power of two.
 __device__ constexpr int largest_divisor(int count) { return CHANNELS % count == 0 ? count : largest_divisor(count / 2); }
 __device__ constexpr int lanes_for(int needed, int lanes) {
@@ -17,6 +15,7 @@ constexpr int VECTOR = largest_divisor(16 / sizeof(value_t));
 constexpr int VECTORS = CHANNELS / VECTOR;
 constexpr int LANES = lanes_for(VECTORS, 1);
 constexpr int CHUNKS = (VECTORS + LANES - 1) / LANES;
+constexpr unsigned STRIDE = HEADS * CHANNELS * sizeof(value_t);  // bytes from a pixel's row to the next
 
 // Contiguous tensors: value [B, S, H, D], samples [B, Q, H, L, P, 2], weights [B, Q, H, L, P].
 struct Problem {
@@ -33,7 +32,8 @@ struct Problem {
   float* grad_reference;       // [B, Q, H, REFERENCE_SIZE], to be summed over H; or null
   const float* scale;          // of the fixed-point numbers, if DETERMINISTIC
   int64 pixels, queries;
-  int heads, tiles;            // tiles of an image
+  int tiles;                   // of an image
+  int shift;                   // parts of a pixel are rounded to 2^-shift, in the forward
   int shapes[LEVELS][4];       // h, w, first pixel, first tile
 };
 
@@ -50,9 +50,9 @@ struct Block {
   // Blocks are ordered by image, tile, head.
   __device__ explicit Block(const Problem& p) {
     // The coarse levels' tiles first: they add more to memory, and should not be what the grid ends with.
-    const int tile = p.tiles - 1 - static_cast<int>(blockIdx.x / p.heads % p.tiles);
-    head = blockIdx.x % p.heads;
-    image = blockIdx.x / p.heads / p.tiles;
+    const int tile = p.tiles - 1 - static_cast<int>(blockIdx.x / HEADS % p.tiles);
+    head = blockIdx.x % HEADS;
+    image = blockIdx.x / HEADS / p.tiles;
     left = top = width = height = 0;
 #if TILED
     // Queries are the pixels themselves: neighbours in both directions share what they read and add to.
@@ -83,9 +83,19 @@ struct Block {
 
   // Where the row of a query begins that has size elements a head.
   __device__ int64 row(const Problem& p, int query, int size) const {
-    return static_cast<int64>(query * p.heads + head) * size;
+    return static_cast<int64>(query * HEADS + head) * size;
   }
 };
+
+// Calls each(i, round) for those of count things that are a thread's.
+template <unsigned count, class Each> __device__ inline void for_own(const Each& each) {
+  constexpr unsigned rounds = (count + THREADS - 1) / THREADS;
+#pragma unroll (rounds <= 8 ? rounds : 1)
+  for (unsigned round = 0; round < rounds; ++round) {
+    const unsigned i = round * THREADS + threadIdx.x;
+    if (count % THREADS == 0 || i < count) each(i, round);
+  }
+}
 
 // Writes the table of levels; its readers wait for a barrier.
 __device__ inline void describe_levels(const Problem& p, const Block& block, Level* levels) {
@@ -144,11 +154,11 @@ __device__ inline void load_taps(const value_t* first, int sample, int columns, 
 }
 
 // The factors from offsets to pixels; for points, offsets are in pixels.
-__device__ inline float2 offset_scale(const float* reference, const Level& level) {
-  if (!FUSED) return make_float2(level.width, level.height);
+__device__ inline float2 offset_scale(const float* reference, int width, int height) {
+  if (!FUSED) return make_float2(width, height);
   if (REFERENCE_SIZE == 2) return make_float2(1, 1);
-  return make_float2(reference[REFERENCE_SIZE - 2] * (0.5f / POINTS) * level.width,
-                     reference[REFERENCE_SIZE - 1] * (0.5f / POINTS) * level.height);
+  return make_float2(reference[REFERENCE_SIZE - 2] * (0.5f / POINTS) * width,
+                     reference[REFERENCE_SIZE - 1] * (0.5f / POINTS) * height);
 }
 
 __device__ inline void load_reference(const Problem& p, int query, float* reference) {
@@ -157,42 +167,22 @@ __device__ inline void load_reference(const Problem& p, int query, float* refere
 #endif
 }
 
-// Where a sample lies, given its offset or its location. One that is NaN, infinite or far away has no taps.
+// Where a sample lies, in pixels, given its offset or its location.
+__device__ inline float2 location(const float* reference, int width, int height, float a, float b) {
+  const float2 scale = offset_scale(reference, width, height);
+  return make_float2(reference[0] * width + a * scale.x - 0.5f, reference[1] * height + b * scale.y - 0.5f);
+}
+// Whether it has taps: one that is NaN, infinite or far away has none.
+__device__ inline bool is_inside(float2 at, int width, int height) {
+  return at.x >= -1 && at.x < width && at.y >= -1 && at.y < height && width > 0;
+}
+
+// The same in whole pixels and parts of one.
 __device__ inline Place locate(const Problem& p, int query, const Level& level, float a, float b) {
   float reference[REFERENCE_SIZE] = {};
   load_reference(p, query, reference);
-  const float2 scale = offset_scale(reference, level);
-  const float x = reference[0] * level.width + a * scale.x - 0.5f, y = reference[1] * level.height + b * scale.y - 0.5f;
-  const bool inside = x >= -1 && x < level.width && y >= -1 && y < level.height && level.width > 0;
-  const float column = floorf(x), row = floorf(y);
-  if (!inside) return {0, 0, -2, 0};
-  return {x - column, y - row, static_cast<int>(column), static_cast<int>(row)};
-}
-
-// Leaves x and y for each of the block's queries such that an attention weight is exp(logit - x) * y. Memory for logits
-// takes SAMPLES rounded up to an odd number a query, so that threads that read down the columns use different banks.
-// Ends with a barrier; without a softmax it is just that.
-__device__ inline void softmax_of_block(const Problem& p, const Block& block, float* logits, float2* terms) {
-#if FUSED
-  constexpr int pitch = SAMPLES | 1;
-  for (unsigned i = threadIdx.x; i < QUERIES * SAMPLES; i += THREADS) {
-    const int query = block.query(p, i / SAMPLES);
-    const float logit = query < 0 ? 0.0f : widen(p.weights[block.row(p, query, SAMPLES) + i % SAMPLES]);
-    logits[i / SAMPLES * pitch + i % SAMPLES] = logit;
-  }
-  __syncthreads();
-  for (unsigned i = threadIdx.x; i < QUERIES; i += THREADS) {
-    const float* row = logits + i * pitch;
-    float highest = row[0], total = 0;
-    for (int n = 1; n < SAMPLES; ++n) highest = fmaxf(highest, row[n]);
-    for (int n = 0; n < SAMPLES; ++n) total += __expf(row[n] - highest);
-    terms[i] = make_float2(highest, __fdividef(1.0f, total));
-  }
-#endif
-  __syncthreads();
-}
-
-__device__ inline float weight_of(const Problem& p, int64 at, float2 terms) {
-  const float weight = widen(p.weights[at]);
-  return FUSED ? __expf(weight - terms.x) * terms.y : weight;
+  const float2 at = location(reference, level.width, level.height, a, b);
+  if (!is_inside(at, level.width, level.height)) return {0, 0, -2, 0};
+  const float column = floorf(at.x), row = floorf(at.y);
+  return {at.x - column, at.y - row, static_cast<int>(column), static_cast<int>(row)};
 }

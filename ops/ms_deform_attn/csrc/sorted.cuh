@@ -9,11 +9,9 @@
 #include "backward.cuh"
 
 constexpr unsigned NOWHERE = 0xfffff;  // no pixel
-constexpr int ROUNDS = (VECTORS / PIECES + GROUP - 1) / GROUP;
 constexpr int AHEAD = sizeof(value_t) == 4 ? 2 : 4;  // taps whose rows are on their way at a time
-// Without vector reductions, neighbouring lanes are to add to neighbouring numbers.
-constexpr bool TURNED = VECTOR % 4 == 0 && GROUP >= 4 && !VECTOR_REDUCTIONS;
-
+// Without vector reductions, neighbouring lanes exchange sums, to add to neighbouring numbers.
+constexpr bool TURNED = VECTOR % 4 == 0 && LANES >= 4 && !VECTOR_REDUCTIONS && !DETERMINISTIC;
 
 // Makes the warp's list, and returns how many taps it has. What groups read behind them stands for none.
 __device__ inline unsigned sort_taps(const Shared& s, int level, int parity) {
@@ -74,10 +72,10 @@ template <class T> __device__ inline T fixed(T number) {
   return number;
 }
 
-// An element of a pixel's row, given the same of the first row; stride in bytes.
-template <class T> __device__ inline T* in_row(T* first, unsigned pixel, unsigned stride) {
+// An element of a pixel's row, given the same of the first row.
+template <class T> __device__ inline T* in_row(T* first, unsigned pixel) {
   T* address;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(pixel), "r"(stride), "l"(first));
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(pixel), "n"(HEADS * CHANNELS * sizeof(T)), "l"(first));
   return address;
 }
 
@@ -107,25 +105,18 @@ __device__ inline void add_turned(bool is, sum_t* to, unsigned channel, const fl
 // Goes through a warp's list of count taps.
 __device__ inline void walk(const Problem& p, const Block& block, const Shared& s, int level, int parity, unsigned count,
                             float scale) {
-  constexpr bool full = PIECES * ROUNDS * GROUP * VECTOR == CHANNELS;
-  const unsigned lane = threadIdx.x % GROUP, group = threadIdx.x % 32 / GROUP;
+  constexpr bool full = CHUNKS * LANES * VECTOR == CHANNELS;
+  const unsigned lane = threadIdx.x % LANES, group = threadIdx.x % 32 / LANES;
   const unsigned share = share_of(count), begin = group * share;
   const Tap* list = s.lists + threadIdx.x / 32 * LIST;
   float* dots = s.dots + parity * DOT_PITCH + level * LEVEL_PITCH;
-  const unsigned stride = fixed(static_cast<unsigned>(p.heads * CHANNELS * sizeof(value_t)));
-  const unsigned target_stride = stride * (sizeof(sum_t) / sizeof(value_t));
 #pragma unroll 1
-  for (int round = 0; round < ROUNDS; ++round) {
-    unsigned channels[PIECES];
-    float sums[PIECES][VECTOR] = {}, row[PIECES][VECTOR] = {};
-#pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece)
-      // Two groups that are read for at a time begin with different halves of a row, in different banks.
-      channels[piece] = (((piece ^ group % PIECES) * ROUNDS + round) * GROUP + lane) * VECTOR;
-    const unsigned own = fixed(channels[0]);
-    const value_t* value = fixed(p.value + first_element(p, block) + channels[0]);
-    sum_t* target = fixed(p.grad_value + first_element(p, block) + channels[0]);
-    const int further = fixed(channels[PIECES - 1] - channels[0]);  // to the second piece
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    const unsigned channel = fixed((chunk * LANES + lane) * VECTOR);
+    const bool used = full || channel < CHANNELS;
+    float sums[VECTOR] = {}, row[VECTOR] = {};
+    const value_t* value = fixed(p.value + first_element(p, block) + channel);
+    sum_t* target = fixed(p.grad_value + first_element(p, block) + place_of_sum(channel));
     unsigned pixel = NOWHERE;
 #pragma unroll 1
     for (unsigned k = begin; k < begin + share; k += TOGETHER) {
@@ -135,7 +126,7 @@ __device__ inline void walk(const Problem& p, const Block& block, const Shared& 
       for (int start = 0; start < TOGETHER; start += AHEAD) {
         bool changes[AHEAD];
         unsigned pixels[AHEAD + 1] = {pixel};
-        Pack<value_t, VECTOR> rows[AHEAD][PIECES];
+        Pack<value_t, VECTOR> rows[AHEAD];
 #pragma unroll
         for (int t = start / 2; t < (start + AHEAD) / 2; ++t)
           pairs[t].wide = *reinterpret_cast<const uint4*>(list + in_list(k + 2 * t));
@@ -143,10 +134,7 @@ __device__ inline void walk(const Problem& p, const Block& block, const Shared& 
         for (int t = 0; t < AHEAD; ++t) {
           pixels[t + 1] = pairs[(start + t) / 2].items[t % 2 * 2] >> 12;
           changes[t] = pixels[t + 1] != pixels[t];
-          const value_t* from = in_row(value, pixels[t + 1], stride);
-#pragma unroll
-          for (int piece = 0; piece < PIECES; ++piece)
-            load_if<full>(changes[t] && channels[piece] < CHANNELS, from + piece * further, rows[t][piece]);
+          load_if<full>(changes[t] && used, in_row(value, pixels[t + 1]), rows[t]);
         }
 #pragma unroll
         for (int t = 0; t < AHEAD; ++t) {
@@ -154,51 +142,34 @@ __device__ inline void walk(const Problem& p, const Block& block, const Shared& 
           const unsigned query = (pair.items[t % 2 * 2] & 4095) / POINTS;
           const float factor = __uint_as_float(pair.items[t % 2 * 2 + 1]);
           const bool flushes = changes[t] && (start + t > 0 || pixel != NOWHERE);
-          sum_t* to = in_row(target, pixels[t], target_stride);
-          if (TURNED)
-#pragma unroll
-            for (int piece = 0; piece < PIECES; ++piece)
-              add_turned(flushes, to + piece * further, channels[piece], sums[piece], scale);
+          sum_t* to = in_row(target, pixels[t]);
+          if (TURNED) add_turned(flushes, to, channel, sums, scale);
           if (changes[t]) {
+            if (!TURNED && flushes && used) add_sums(to, sums, scale);
+            widen_all<VECTOR>(rows[t], row);
 #pragma unroll
-            for (int piece = 0; piece < PIECES; ++piece) {
-#pragma unroll
-              for (int c = 0; c < VECTOR; c += STEP)
-                if (!TURNED && flushes && channels[piece] < CHANNELS)
-                  add_shared_by_blocks<STEP>(to + piece * further + c, sums[piece] + c, scale);
-              widen_all<VECTOR>(rows[t][piece], row[piece]);
-#pragma unroll
-              for (int c = 0; c < VECTOR; ++c) sums[piece][c] = 0;
-            }
+            for (int c = 0; c < VECTOR; ++c) sums[c] = 0;
           }
+          float grad[VECTOR] = {};
+          if (used) read<VECTOR>(s.grad + (channel + query * CHANNELS), grad);
 #pragma unroll
-          for (int piece = 0; piece < PIECES; ++piece) {
-            float grad[VECTOR] = {};
-            if (channels[piece] < CHANNELS) read<VECTOR>(s.grad + (own + query * CHANNELS + piece * further), grad);
-#pragma unroll
-            for (int c = 0; c < VECTOR; ++c) {
-              sums[piece][c] += factor * grad[c];
-              products[start + t] += row[piece][c] * grad[c];
-            }
+          for (int c = 0; c < VECTOR; ++c) {
+            sums[c] += factor * grad[c];
+            products[start + t] += row[c] * grad[c];
           }
         }
         pixel = pixels[AHEAD];
       }
-      sum_over_lanes<GROUP>(products, lane, [&](int t, float sum) {
+      sum_over_lanes<LANES>(products, lane, [&](int t, float sum) {
         unsigned sample = LEVEL_SAMPLES;
 #pragma unroll
         for (int n = 0; n < TOGETHER; ++n)
           if (n == t) sample = pairs[n / 2].items[n % 2 * 2] & 4095;
-        if (sample < LEVEL_SAMPLES) dots[sample] = round > 0 ? dots[sample] + sum : sum;
+        if (sample < LEVEL_SAMPLES) dots[sample] = chunk > 0 ? dots[sample] + sum : sum;
       });
     }
-#pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece) {
-      sum_t* to = in_row(target, pixel, target_stride) + piece * further;
-      if (TURNED) add_turned(begin < count, to, channels[piece], sums[piece], scale);
-      else if (begin < count && channels[piece] < CHANNELS)
-#pragma unroll
-        for (int c = 0; c < VECTOR; c += STEP) add_shared_by_blocks<STEP>(to + c, sums[piece] + c, scale);
-    }
+    sum_t* to = in_row(target, pixel);
+    if (TURNED) add_turned(begin < count, to, channel, sums, scale);
+    else if (begin < count && used) add_sums(to, sums, scale);
   }
 }
