@@ -1,7 +1,10 @@
 """Counts what the CUDA kernels ask of a multiprocessor at the encoder's size: no GPU is needed, and nothing is timed.
 
     python -m benchmarks.count_ms_deform_attn [--architecture 90] [--blocks 128] [--dtype float32 bfloat16]
-    python -m benchmarks.count_ms_deform_attn --public ms_deform_im2col_cuda.cuh    # and the public kernel, float32
+    python -m benchmarks.count_ms_deform_attn --peer module:function    # and others' kernels
+
+A peer's function takes the architecture and the number of blocks, and yields of each of its kernels a name, the
+``ms_deform_attn_cases.Inputs`` it was given, and what :func:`count_launch` returned.
 
 Some blocks of a launch, evenly spread over the grid, are run by the tests' executor of PTX. Counted are
 
@@ -233,19 +236,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32", "bfloat16"]
     )
-    public = importlib.import_module("benchmarks.count_public_kernel")
-    file = "Deformable-DETR's ms_deform_im2col_cuda.cuh"
-    parser.add_argument("--public", type=public.device_part, metavar="FILE", help=file)
+    parser.add_argument("--peer", nargs="+", default=[], metavar="MODULE:FUNCTION", help="others' kernels, see above")
     arguments = parser.parse_args(argv)
     rows = []
     for case in arguments.case:
         for dtype in arguments.dtype:
             rows += measure(case, getattr(torch, dtype), arguments.architecture, arguments.blocks)
             print(*(show(row) for row in rows[-2:]), sep="\n", flush=True)
-    if arguments.public:
-        for kernel in ("forward", "backward"):
-            x, counts = public.count(arguments.public, kernel, arguments.architecture, arguments.blocks)
-            rows.append(about("encoder, grid", f"public {kernel}", x, counts))
+    for peer in arguments.peer:
+        module, _, function = peer.partition(":")
+        for name, x, counts in getattr(importlib.import_module(module), function)(
+            arguments.architecture, arguments.blocks
+        ):
+            rows.append(about("encoder, grid", f"{peer}, {name}", x, counts))
             print(show(rows[-1]), flush=True)
     frame.save(arguments.save, {"rows": rows})
 

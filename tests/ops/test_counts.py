@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -51,21 +52,9 @@ def test_the_least_recently_used_sector_leaves_the_cache() -> None:
     assert counter.reduced == 16
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("int x;", "is not Deformable-DETR's")])
-def test_another_file_than_the_public_kernel_is_refused(
-    text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "kernel.cuh"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(SystemExit):
-        counts.main(["--public", str(file)])
-    assert f"{file} {message}" in capsys.readouterr().err
-
-
 @pytest.mark.skipif(newest_architecture() is None, reason="NVRTC is not installed")
-def test_counts_of_a_small_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some of the blocks: nothing is below the floor, and the assembler's part is plausible."""
+def test_counts_of_a_small_encoder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Some of the blocks: nothing is below the floor, and the assembler's part is plausible; a peer's stand beside."""
     monkeypatch.setattr(ms_deform_attn_cases, "SHAPES", [(16, 16), (8, 8)])
     rows = counts.measure("encoder, grid", torch.float32, 90, 3)
     assert [row["kernel"] for row in rows] == ["forward", "backward"]
@@ -75,3 +64,12 @@ def test_counts_of_a_small_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 1 < row["times the floor"] < 10
         assert 0.3 < row["instructions"] / row["ptx"] < 1.5
         assert "times the floor" in counts.show(row)
+    peer = types.ModuleType("peer")
+    inputs = ms_deform_attn_cases.make_inputs("encoder, grid")
+    found = [(row["kernel"], inputs, {k: row[k] for k in row.keys() - {"case", "kernel", "dtype"}}) for row in rows]
+    vars(peer)["kernels"] = lambda architecture, blocks: found
+    monkeypatch.setitem(sys.modules, "peer", peer)
+    monkeypatch.setattr(counts, "measure", lambda *arguments: rows)
+    counts.main(["--dtype", "float32", "--peer", "peer:kernels"])
+    ours, theirs = capsys.readouterr().out.split("encoder, grid, peer:kernels, forward", 1)
+    assert ours.splitlines()[1] in theirs
