@@ -28,7 +28,7 @@ from datasets import Category, CocoDataset, DataConfig
 from engine import checkpoint, distributed, run_log
 from engine.coco_metrics import choose_backend
 from engine.evaluator import Evaluator
-from engine.inference import OTHER_PRECISION, prepare_inference
+from engine.inference import prepare_inference
 from engine.runs import session
 from engine.runs.environment import VERSION, describe_environment
 from engine.runs.run_directory import DETECTIONS, PREDICTIONS, RunDirectory, record_start
@@ -221,11 +221,11 @@ def evaluate(cfg: Config, loaded: checkpoint.Loaded, device: torch.device) -> No
         categories = tuple(Category(*category) for category in loaded.state["categories"])
         model = cfg.model.build(len(categories), load_backbone=False)
         checkpoint.load_evaluated_weights(model, loaded)
-        precision = prepare_inference(model, cfg.trainer, device)
+        precision, remark = prepare_inference(model, cfg.trainer, device)
         val_set = cfg.data.val.build(split="val", categories=categories)
         validation = build_validation(cfg, val_set, device, precision=precision)
-    if precision != cfg.trainer.precision:
-        log.info(OTHER_PRECISION.format(precision, cfg.trainer.precision))
+    if remark is not None:
+        log.info(remark)
     metrics = validation(model)
     log.info("%s (%d images) %s", loaded.path, metrics["images"], run_log.summarise_metrics(step, metrics))
     for name, value in metrics["per_class"].items():

@@ -20,8 +20,7 @@ class TrainerConfig:
     precision: Precision = "fp32"
     """Of the model's forward pass; the losses are always computed in fp32."""
     inference_precision: Precision | None = None
-    """Of main.py --eval, of tools.predict and Predictor; null: bf16 where precision is fp32 and the device a CPU that
-    has instructions for it (AVX512-BF16, AMX), else precision."""
+    """Of main.py --eval, of tools.predict and Predictor; null: as precision."""
     tf32: bool = False
     """Whether fp32 matrix products on CUDA may round their inputs to TF32."""
     deterministic: bool = False

@@ -32,7 +32,6 @@ if not __package__:  # run as a file
 
 from datasets.image_files import EXTENSIONS, image_files
 from datasets.images import UnreadableImageError
-from engine.inference import OTHER_PRECISION
 from ops.coco_columns import is_integer, whole_number
 from ops.coco_file import read_coco_file
 from structures import Detections
@@ -222,9 +221,8 @@ def run(options: argparse.Namespace) -> int:
         sources.sort(key=lambda source: source.place)
     ids = image_numbers(sources, options.annotations)
     predictor = Predictor(options.resume, device=options.device, batch_size=options.batch_size, overrides=options.set)
-    trained_in = predictor.config.trainer.precision
-    if predictor.precision != trained_in:
-        print(OTHER_PRECISION.format(predictor.precision, trained_in), file=sys.stderr)
+    if predictor.remark is not None:
+        print(predictor.remark, file=sys.stderr)
     output = Output(options, predictor)
     skipped: list[str] = []
     start = 0

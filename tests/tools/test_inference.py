@@ -1,4 +1,4 @@
-"""Finished models run in bf16 where the processor has instructions for it, and say so."""
+"""Finished models run in the precision of training or in one that is asked for, and say what there is to know."""
 
 from __future__ import annotations
 
@@ -7,17 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.inference import computes_bf16, inference_precision
-from engine.trainer_config import TrainerConfig
+from engine.inference import computes_bf16
 from tools.predictor import Predictor
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-real_computes_bf16 = computes_bf16  # before a fixture replaces it
-
-
-@pytest.fixture
-def processor_with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.inference.computes_bf16", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -31,26 +22,22 @@ def processor_with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_processor_is_asked(capabilities: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert real_computes_bf16() is expected
+    assert computes_bf16() is expected
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert real_computes_bf16() is False
+    assert computes_bf16() is False
 
 
-def test_what_is_said_wins_and_a_gpu_stays_as_trained(processor_with_bf16: None) -> None:
-    assert inference_precision(TrainerConfig(), CPU) == "bf16"
-    assert inference_precision(TrainerConfig(inference_precision="fp32"), CPU) == "fp32"
-    assert inference_precision(TrainerConfig(precision="fp16"), CPU) == "fp16"
-    assert inference_precision(TrainerConfig(), CUDA) == "fp32"
-
-
-def test_predictions_are_bf16s(tiny_checkpoint: Path, processor_with_bf16: None) -> None:
+def test_predictions_are_bf16s_where_that_is_asked_for(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(0))
-    found, full = (
-        Predictor(tiny_checkpoint, device="cpu"),
-        Predictor(tiny_checkpoint, device="cpu", overrides=["trainer.inference_precision=fp32"]),
-    )
-    assert (found.precision, full.precision) == ("bf16", "fp32")
+    full = Predictor(tiny_checkpoint, device="cpu")
+    found = Predictor(tiny_checkpoint, device="cpu", overrides=["trainer.inference_precision=bf16"])
+    assert (found.precision, found.remark) == ("bf16", "computing in bf16, unlike training")
+    assert (full.precision, full.remark) == ("fp32", None)
     assert found.model.backbone.channels_last
     (ours,), (expected,) = found([image]), full([image])
     assert not torch.equal(ours.scores, expected.scores)
     torch.testing.assert_close(ours.scores, expected.scores, atol=0.02, rtol=0)
+    monkeypatch.setattr("engine.inference.computes_bf16", lambda: True)
+    remark = Predictor(tiny_checkpoint, device="cpu").remark
+    assert remark is not None
+    assert remark.startswith("trainer.inference_precision=bf16 is faster on this processor")
