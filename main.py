@@ -221,7 +221,7 @@ def evaluate(cfg: Config, loaded: checkpoint.Loaded, device: torch.device) -> No
         categories = tuple(Category(*category) for category in loaded.state["categories"])
         model = cfg.model.build(len(categories), load_backbone=False)
         checkpoint.load_evaluated_weights(model, loaded)
-        precision, remark = prepare_inference(model, cfg.trainer, device)
+        precision, remark = prepare_inference(model, cfg.trainer, device, cfg.trainer.precision)
         val_set = cfg.data.val.build(split="val", categories=categories)
         validation = build_validation(cfg, val_set, device, precision=precision)
     if remark is not None:

@@ -16,17 +16,19 @@ def computes_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def prepare_inference(model: Any, config: TrainerConfig, device: torch.device) -> tuple[Precision, str | None]:
+def prepare_inference(
+    model: Any, config: TrainerConfig, device: torch.device, default: Precision
+) -> tuple[Precision, str | None]:
     """Put a detector on a device, laid out for the precision in which it will run.
 
     Returns:
-        The precision, and what a user should know of it.
+        ``config.inference_precision``, or else ``default``; and what a user should know of it.
     """
-    precision = config.inference_precision or config.precision
+    precision = config.inference_precision or default
     if device.type == "cpu" and precision == "bf16":
         model.backbone.set_channels_last()  # 16-bit convolutions of CPUs expect it
     model.to(device)
-    if precision != config.precision:
+    if precision not in (default, config.precision):
         return precision, f"computing in {precision}, unlike training"
     if device.type == "cpu" and precision == "fp32" and computes_bf16():
         return precision, "trainer.inference_precision=bf16 is faster on this processor, and moves AP by a tenth or two"

@@ -20,7 +20,7 @@ class TrainerConfig:
     precision: Precision = "fp32"
     """Of the model's forward pass; the losses are always computed in fp32."""
     inference_precision: Precision | None = None
-    """Of main.py --eval, of tools.predict and Predictor; null: as precision."""
+    """Of main.py --eval (null: as precision), and of tools.predict and Predictor (null: fp32)."""
     tf32: bool = False
     """Whether fp32 matrix products on CUDA may round their inputs to TF32."""
     deterministic: bool = False

@@ -90,7 +90,7 @@ class Predictor:
         self.device = (
             torch.device(device) if device is not None else distributed.choose_device(self.config.trainer.device)
         )
-        self.precision, self.remark = prepare_inference(self.model, self.config.trainer, self.device)
+        self.precision, self.remark = prepare_inference(self.model, self.config.trainer, self.device, "fp32")
 
     @property
     def class_names(self) -> list[str]:

@@ -37,6 +37,8 @@ def test_predictions_are_bf16s_where_that_is_asked_for(tiny_checkpoint: Path, mo
     (ours,), (expected,) = found([image]), full([image])
     assert not torch.equal(ours.scores, expected.scores)
     torch.testing.assert_close(ours.scores, expected.scores, atol=0.02, rtol=0)
+    trained_in_bf16 = Predictor(tiny_checkpoint, device="cpu", overrides=["trainer.precision=bf16"])
+    assert (trained_in_bf16.precision, trained_in_bf16.remark) == ("fp32", None)
     monkeypatch.setattr("engine.inference.computes_bf16", lambda: True)
     remark = Predictor(tiny_checkpoint, device="cpu").remark
     assert remark is not None
