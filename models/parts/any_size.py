@@ -43,13 +43,23 @@ def accept_any_size(body: nn.Module) -> None:
     """Change how a model computes, not its parameters and state.
 
     A Swin transformer pads images to whole patches, and features to whole windows before the shift. Convolutions with
-    TensorFlow's padding take maps whose sides their stride divides; the backbone sees to it.
+    TensorFlow's padding take maps whose sides their stride divides, where all others leave such maps; the backbone
+    pads images to the model's stride then.
     """
     swin = any(isinstance(module, SwinTransformerBlock) for module in body.modules())
+    even = all(_divides(module) for module in body.modules() if type(module) is nn.Conv2d)
     for module in body.modules():
         if isinstance(module, SwinTransformerBlock):
             module.__class__ = PadFirstBlock
-        elif type(module) is Conv2dSame:
+        elif even and type(module) is Conv2dSame:
             module.__class__ = EvenConv2dSame
         elif swin and isinstance(module, PatchEmbed):
             vars(module)["dynamic_img_pad"] = True  # declared final, for TorchScript alone
+
+
+def _divides(convolution: nn.Conv2d) -> bool:
+    """Whether a map is as small as its stride says, not smaller for want of padding (as in NASNet's stem)."""
+    if isinstance(convolution.padding, str):  # PyTorch's "same" has no stride
+        return convolution.padding == "same"
+    sides = zip(convolution.kernel_size, convolution.stride, convolution.dilation, convolution.padding, strict=True)
+    return all(2 * padding >= dilation * (side - 1) + 1 - stride for side, stride, dilation, padding in sides)

@@ -13,7 +13,7 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
-from models.parts.any_size import accept_any_size
+from models.parts.any_size import EvenConv2dSame, accept_any_size
 from ops.errors import describe_error
 
 _PROBE = (97, 161)
@@ -202,7 +202,7 @@ def _size_multiple(cut: Any, name: str) -> int:
     rows, columns = (1, 2) if str(getattr(cut, "output_fmt", "NCHW")).endswith("NHWC") else (2, 3)
     bounded = any(type(module).__name__ in _BOUNDED for module in cut.modules())
     stride = max(cut.feature_info.reduction())
-    least = stride if any(type(module).__name__.endswith("Same") for module in cut.modules()) else 1
+    least = stride if any(isinstance(module, EvenConv2dSame) for module in cut.modules()) else 1
     for multiple in sorted({least, stride, 32, own} if not bounded else ()):
         height, width = (-(-size // multiple) * multiple for size in _PROBE)
         try:
