@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,13 +39,23 @@ def steps_taken(directory: Path) -> int:
     return max((record["step"] for record in records), default=0)
 
 
-def wait_for_step(directory: Path, step: int, started: list[Started]) -> None:
-    """Wait until a run has come so far."""
+def wait_until(reached: Callable[[], bool], started: list[Started]) -> None:
+    """Wait for what a run does in time, while all of its processes live."""
     deadline = time.monotonic() + 240
-    while steps_taken(directory) < step:
+    while not reached():
         assert time.monotonic() < deadline, "the run does not get on"
         assert all(s.process.is_alive() for s in started), [s.errors.read_text() for s in started]
         time.sleep(0.02)
+
+
+def wait_for_step(directory: Path, step: int, started: list[Started]) -> None:
+    """Wait until a run has come so far."""
+    wait_until(lambda: steps_taken(directory) >= step, started)
+
+
+def wait_for_evaluation(directory: Path, started: list[Started]) -> None:
+    """Wait until a run evaluates, which begins some time after the record of its step."""
+    wait_until((directory / "evaluating").exists, started)
 
 
 def check_stopped(ended: list[Ended], directory: Path, signal_number: int) -> None:
@@ -83,8 +94,7 @@ def test_signal_during_evaluation(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     options = Options(directory=str(directory), steps=6, eval_every_steps=3, eval_seconds=200.0)
     started = start_processes([options], processes=2)
-    wait_for_step(directory, 3, started)
-    time.sleep(0.3)
+    wait_for_evaluation(directory, started)
     for one in started:
         os.kill(one.process.pid or 0, signal.SIGTERM)
     check_stopped([s.wait(30) for s in started], directory, signal.SIGTERM)
@@ -112,7 +122,7 @@ def test_a_second_interrupt_ends_what_listens_to_nothing(tmp_path: Path) -> None
     directory = tmp_path / "run"
     options = Options(directory=str(directory), steps=6, eval_every_steps=3, eval_seconds=200.0, eval_is_deaf=True)
     started = start_processes([options])
-    wait_for_step(directory, 3, started)
+    wait_for_evaluation(directory, started)
     os.kill(started[0].process.pid or 0, signal.SIGINT)
     while "SIGINT: stopping after this step; Ctrl-C ends at once" not in started[0].output.read_text():
         assert started[0].process.is_alive()
@@ -145,8 +155,7 @@ def test_where_the_process_lives_on_a_second_ctrl_c_interrupts(tmp_path: Path, m
     gc.disable()  # an exception that is raised in a callback of it, such as hypothesis has, comes to nothing
 
     def press_twice() -> None:
-        while steps_taken(tmp_path) < 3:
-            time.sleep(0.02)
+        wait_for_evaluation(tmp_path, [])
         for wait in (0.5, 0.0):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(wait)

@@ -171,13 +171,12 @@ class Options:
     """Instead of training: write the gradients of the first step to this file."""
 
 
-def evaluate(
-    model: nn.Module, should_stop: Callable[[], bool], seconds: float = 0.0, deaf: bool = False
-) -> dict[str, Any]:
-    """A number that depends on the weights; uses up random numbers on purpose."""
+def evaluate(model: nn.Module, should_stop: Callable[[], bool], options: Options) -> dict[str, Any]:
+    """A number that depends on the weights; uses up random numbers on purpose, and says that it has begun."""
     torch.rand(3)
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and (deaf or not should_stop()):
+    (Path(options.directory) / "evaluating").touch()
+    until = time.monotonic() + options.eval_seconds
+    while time.monotonic() < until and (options.eval_is_deaf or not should_stop()):
         time.sleep(0.01)
     with torch.no_grad():
         outputs = model(make_batch(list(range(1000, 1016))).images)
@@ -222,7 +221,7 @@ def build(options: Options) -> Trainer:
         step=step,
         schedule=schedule,
         loader=loader,
-        evaluate=lambda model, should_stop: evaluate(model, should_stop, options.eval_seconds, options.eval_is_deaf),
+        evaluate=lambda model, should_stop: evaluate(model, should_stop, options),
         directory=Path(options.directory),
         batch_size=options.batch_size,
         seed=options.seed,
