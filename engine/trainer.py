@@ -14,7 +14,7 @@ from engine import checkpoint, distributed
 from engine.averaging import AveragedWeights
 from engine.best import restored, updated
 from engine.dispensable import dispensable
-from engine.host_memory import TRIM_EVERY, return_free_memory
+from engine.host_memory import TRIM_EVERY, map_large_blocks, return_free_memory
 from engine.loaders import TrainLoader
 from engine.optimizer import Schedule, load_optimizer_state, set_learning_rate
 from engine.pictures import draw_curves
@@ -175,6 +175,7 @@ class Trainer:
     def _run(self, stop: StopRequest, records: Records | None) -> Iterator[tuple[list[Batch], BatchSize]]:
         if self.step >= self.total_steps:
             log.info("step %d of %d: nothing is left to train", self.step, self.total_steps)
+        map_large_blocks()
         if self._evaluation_due():
             self._evaluate(stop, records)
         stream = self._stream()
