@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +22,8 @@ from torch import Tensor
 from benchmarks import frame
 from benchmarks import ms_deform_attn_cases as sizes
 from benchmarks.ms_deform_attn_cases import CASES, CHANNELS, HEADS, POINTS, Inputs, make_inputs
-from benchmarks.ms_deform_attn_peers import Deterministic, Run, implementations, ours
+from benchmarks.ms_deform_attn_peers import Deterministic, Run, implementations, ours, peers
+from tools import console
 
 GRAPH_CALLS = 10
 L1_BYTES_PER_CLOCK = 128
@@ -184,7 +186,8 @@ def show(row: Row) -> str:
     return " ".join(columns)
 
 
-def main() -> None:
+@console.command
+def main() -> int:
     """The command line."""
     parser = frame.parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -194,6 +197,7 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="on a CPU, processor time of one thread")
     parser.add_argument("--no-save", action="store_true", help="only print")
     arguments = parser.parse_args()
+    peers(arguments.peer, arguments.device)  # lest one that does not exist be missed after an hour
     if arguments.busy:
         torch.set_num_threads(1)
     about = {**frame.machine(arguments.device), "clock": "processor" if arguments.busy else "wall"}
@@ -216,7 +220,8 @@ def main() -> None:
                 frame.save(name_of_results, {**about, "left_out": failures, "rows": [asdict(row) for row in rows]})
     if name_of_results:
         print(f"saved {name_of_results}.json")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ import argparse
 import importlib
 import multiprocessing
 import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from benchmarks import frame
 from engine.step import OptimizerStep
 from ops.ms_deform_attn import available_backends, set_default_backend
 from structures import Batch, BatchSize, Images, Targets
+from tools import console
 
 TARGETS = 7
 """In each image, the mean of COCO."""
@@ -150,8 +152,7 @@ def make(name: str, arguments: argparse.Namespace) -> Call:
     if name in available_backends():
         set_default_backend(name)
         return ours(cfg, batch, arguments.infer, arguments.dtype)
-    module, _, function = name.partition(":")
-    made = getattr(importlib.import_module(module), function) if function else transformers
+    made = transformers if name == "transformers" else console.named_function(name)
     return made(cfg, batch, arguments.infer, arguments.dtype)
 
 
@@ -168,7 +169,8 @@ def peak_mib(name: str, arguments: argparse.Namespace) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
 
 
-def main() -> None:
+@console.command
+def main() -> int:
     """The command line."""
     parser = frame.parser(__doc__)
     parser.add_argument("--cfg", default="configs/dino_r50_12ep.yaml", help="YAML file (default %(default)s)")
@@ -215,7 +217,8 @@ def main() -> None:
             f" {row['memory_mib']:15.0f} MiB"
         )
     frame.save(arguments.save, {**frame.machine(arguments.device), "arguments": vars(arguments), "rows": rows})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -31,6 +31,7 @@ ALLOWED = {
     "engine": {"structures", "ops"},
     "analysis": {"structures", "ops", "engine"},
     "experiments": {"structures", "strict_yaml", "ops", "engine", "analysis"},
+    "tools": {*PACKAGES, *MODULES} - {"benchmarks"},
     "schema": set(),
     "strict_yaml": set(),
     "former_keys": set(),

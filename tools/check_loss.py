@@ -10,7 +10,6 @@ The first tests a function ``loss(logits [B, Q, C], boxes [B, Q, 4], targets) â†
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import config
-from losses.conformance import PlainLoss, check, of_criterion
+from losses.conformance import check, of_criterion
 from tools import console
 
 
@@ -41,30 +40,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def find_loss(name: str) -> PlainLoss:
-    """The function that MODULE:FUNCTION names; modules are also found in the working directory.
-
-    Raises:
-        ValueError: there is no such module, or nothing in it of this name can be called.
-    """
-    module, _, function = name.partition(":")
-    sys.path.insert(0, "")
-    try:
-        loss = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise ValueError(f"{name}: the module {module} cannot be imported ({error})") from error
-    if not callable(loss):
-        raise ValueError(f"{name}: the module {module} has no function '{function}'; expected MODULE:FUNCTION")
-    return loss
-
-
 @console.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0: no faults, 1: faults, 2: there was nothing to test."""
     options = parse_arguments(arguments)
     if options.cfg is None:
         name, no_object = options.subject[0], options.no_object
-        loss = find_loss(name)
+        loss = console.named_function(name)
     else:
         criterion = config.load(options.cfg, options.subject).criterion
         name, no_object = f"{options.cfg} {' '.join(options.subject)}".strip(), criterion.classification.no_object

@@ -1,13 +1,14 @@
-"""What all commands share: the parser of their options, errors in one line, output to terminals of every kind."""
+"""What all commands share: the parser of their options, functions that these name, errors in one line, terminals."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import io
 import sys
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 from ops.errors import describe_error
 
@@ -22,6 +23,24 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def named_function(name: str) -> Callable[..., Any]:
+    """Return the function that MODULE:FUNCTION names; modules are also found in the working directory.
+
+    Raises:
+        ValueError: there is no such module, or nothing in it of this name can be called.
+    """
+    module, _, function = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{name}: the module {module} cannot be imported ({error})") from error
+    if not callable(found):
+        raise ValueError(f"{name}: the module {module} has no function '{function}'; expected MODULE:FUNCTION")
+    return found
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
