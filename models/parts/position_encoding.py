@@ -67,7 +67,7 @@ def _waves(channels: int, temperature: float, device: torch.device) -> tuple[Ten
     """Angular frequency and phase of each feature: a cosine is a sine a quarter turn ahead."""
     exponents = torch.arange(channels // 2, device=device, dtype=torch.float64) * (2 / channels)
     frequencies = (2 * math.pi / temperature**exponents).repeat_interleave(2)
-    phases = torch.tensor([0.0, math.pi / 2], device=device).repeat(channels // 2)
+    phases = torch.arange(channels, device=device) % 2 * (math.pi / 2)
     return frequencies.float(), phases
 
 
