@@ -28,7 +28,7 @@ run() {
     shift 2
     echo "== $limit s: $*"
     [ -n "$DRY_RUN" ] && return
-    timeout "$limit" "$@" > "$results/$file-$name.txt" 2>&1 || { status=1; echo "failed: $file ($?)"; }
+    timeout -k 5 "$limit" "$@" > "$results/$file-$name.txt" 2>&1 || { status=1; echo "failed: $file ($?)"; }
     tail -n 20 "$results/$file-$name.txt"
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -51,7 +52,15 @@ def test_the_dry_run_has_all_parts_in_order_and_in_time(tmp_path: Path) -> None:
     ]
     places = [next(i for i, (_, command) in enumerate(found) if word in command) for word in order]
     assert places == sorted(places)
-    assert sum(limit for limit, _ in found) <= 14 * 60
+    starts = [0, *itertools.accumulate(limit for limit, _ in found)]
+    assert starts[-1] <= 14 * 60
+    minutes = [f"{starts[i] // 60}:{starts[i] % 60:02}" for i in (*places, -1)]
+    table = (ROOT / "docs" / "op.md").read_text().split("| from | part |")[1]
+    parts = re.findall(r"^\| (\d+:\d\d) \| `(\w+)`", table, re.MULTILINE)
+    del minutes[order.index("racecheck")]  # in one row with memcheck
+    assert [start for start, _ in parts] == minutes[:-2]
+    assert f":-{' '.join(name for _, name in parts)}}}" in (ROOT / "benchmarks" / "gpu.sh").read_text()
+    assert f"from {minutes[-2]} a step of the public DINO; over at {minutes[-1]}" in table
     assert "--peer peers:public" in found[places[3]][1]
     assert not list(tmp_path.iterdir())
 
