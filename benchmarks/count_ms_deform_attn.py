@@ -3,15 +3,17 @@
     python -m benchmarks.count_ms_deform_attn [--architecture 90] [--blocks 128] [--dtype float32 bfloat16]
     python -m benchmarks.count_ms_deform_attn --peer module:function    # and others' kernels
 
-A peer's function takes the architecture and the number of blocks, and yields of each of its kernels a name, the
-``ms_deform_attn_cases.Inputs`` it was given, and what :func:`count_launch` returned.
+Triton's kernels of ``ms_deform_attn_peers`` are counted beside them where they are installed. A peer's function takes
+the architecture and the number of blocks, and yields of each of its kernels a name, the ``ms_deform_attn_cases.Inputs``
+it was given, and what :func:`count_launch` returned.
 
 Some blocks of a launch, evenly spread over the grid, are run by the tests' executor of PTX. Counted are
 
 - instructions of warps: those of the PTX as executed, times what the assembler makes of each source line (SASS
   instructions to PTX instructions, by the line tables of both; nvdisasm comes with Triton): an estimate;
 - wavefronts: passes of the load/store unit, each 32 banks of shared memory or one 128-byte line of global memory;
-  accesses of 16 bytes are made by a quarter of a warp at a time, those of 8 by half of one; shuffles are not counted;
+  accesses of 16 bytes are made by a quarter of a warp at a time, those of 8 by half of one;
+  exchanges between lanes (shuffles and matches) are counted on their own;
 - bytes from L2 of a block's loads, with its share of the L1 cache and the least recently used sector leaving first, and
   bytes of reductions, which go to L2.
 
@@ -35,11 +37,14 @@ import torch
 
 from benchmarks import frame
 from benchmarks import ms_deform_attn_cases as sizes
+from benchmarks.ms_deform_attn_peers import Run, triton_functions, unfused
 from benchmarks.sass import instructions_executed
+from benchmarks.triton_launches import Launch, launches
 from ops.ms_deform_attn import cuda
 from ops.ms_deform_attn.arguments import Arguments
 from ops.ms_deform_attn.cuda_compile import Compiled, compile_kernel
 from ops.ms_deform_attn.cuda_plan import Plan
+from tools import console
 
 ROOT = Path(__file__).parents[1]
 L2_BYTES = 24
@@ -124,7 +129,7 @@ def count(plan: Plan, problem: Any, blocks: int, architecture: int, sampled: int
     compiled = compile_kernel(plan, architecture, ["--generate-line-info"])
     parameter = ctypes.string_at(ctypes.addressof(problem), ctypes.sizeof(problem))
     regions = executor("ptx_launch").regions(plan, problem, blocks)
-    return count_launch(compiled, plan.threads, plan.shared_bytes, parameter, regions, blocks, sampled)
+    return count_launch(compiled, plan.threads, plan.shared_bytes, parameter, regions, (blocks,), sampled)
 
 
 def count_launch(
@@ -133,21 +138,22 @@ def count_launch(
     shared_bytes: int,
     parameter: bytes,
     regions: Sequence[Any],
-    blocks: int,
+    grid: Sequence[int],
     sampled: int,
 ) -> dict[str, Any]:
     """The counts of one launch of any kernel, scaled up from some of its blocks."""
+    blocks = int(np.prod(grid))
     binary, ptx, report = compiled
     kernel = executor("ptx_kernel").Kernel(ptx)
     ids = np.unique(((np.arange(sampled) + 0.5) * blocks / sampled).astype(int))
     counter = Counter(threads, regions)
     shared = max(shared_bytes, kernel.static_shared, 16)
-    machine = executor("ptx_machine").Machine(kernel, threads, ids, shared, parameter, regions, observer=counter)
-    machine.names["nctaid"] = np.uint32(blocks)
+    machine = executor("ptx_machine").Machine(kernel, threads, ids, shared, parameter, regions, counter, grid)
     machine.run()
     scale = blocks / len(ids)
     executed = machine.executed()
     registers = int((re.search(r"Used (\d+) registers", report) or [0, 0])[1])
+    instructions = [i for segment in kernel.segments for i in segment.instructions]
     together, l1 = resident(threads, shared, registers)
     return {
         "registers": registers,
@@ -157,6 +163,7 @@ def count_launch(
         "l1 KiB": round(l1 * together / 1024),
         "instructions": scale * instructions_executed(kernel, executed, binary, ptx),
         "ptx": scale * sum(executed.values()),
+        "exchanges": scale * sum(executed[i.number] for i in instructions if i.name.startswith(("shfl", "match"))),
         **{f"wavefronts, {kind}": scale * number for kind, number in counter.waves.items()},
         "wavefronts": scale * sum(counter.waves.values()),
         "l2 bytes": scale * (counter.bytes_from_l2(l1) + counter.reduced),
@@ -214,6 +221,25 @@ def measure(case: str, dtype: torch.dtype, architecture: int, sampled: int) -> l
     return rows
 
 
+def measure_triton(name: str, run: Run, dtype: torch.dtype, architecture: int, sampled: int) -> list[dict[str, Any]]:
+    """Forward and backward of a peer at the encoder's size, as Triton compiles them."""
+    x = sizes.make_inputs("encoder, grid").to(dtype, "cpu")
+    x = x._replace(weights=x.weights.detach().to(dtype).requires_grad_())
+    rows: list[dict[str, Any]] = []
+
+    def handle(launch: Launch) -> None:
+        regions = [executor("ptx_machine").Region(t.data_ptr(), t.nbytes, True) for t in launch.tensors]
+        counts = count_launch(
+            launch.compiled, launch.threads, launch.shared_bytes, launch.parameter, regions, launch.grid, sampled
+        )
+        rows.append(about("encoder, grid", f"{name}, {'backward' if rows else 'forward'}", x, counts))
+
+    with launches(architecture, handle):
+        output = run(x)
+        torch.autograd.grad(output, (x.value, x.locations, x.weights), torch.randn_like(output))
+    return rows
+
+
 def show(row: dict[str, Any]) -> str:
     """Some lines about a kernel."""
     waves = ", ".join(f"{k.split(', ')[1]} {v / 1e6:.2f}" for k, v in row.items() if k.startswith("wavefronts, "))
@@ -222,12 +248,14 @@ def show(row: dict[str, Any]) -> str:
         f"{row['case']}, {row['kernel']}, {row['dtype']}: {row['registers']} registers, {row['spilled']} spilled, "
         f"{row['shared bytes']} shared, {row['blocks']} blocks, L1 {row['l1 KiB']} KiB\n"
         f"    {row['instructions'] / 1e6:.2f} M instructions ({row['ptx'] / 1e6:.2f} M of PTX); "
-        f"{row['wavefronts'] / 1e6:.2f} M wavefronts ({waves}); {row['l2 bytes'] / 1e6:.0f} MB of L2\n"
+        f"{row['wavefronts'] / 1e6:.2f} M wavefronts ({waves}) and {row['exchanges'] / 1e6:.2f} M exchanges; "
+        f"{row['l2 bytes'] / 1e6:.0f} MB of L2\n"
         f"    cycles: {limits}; {row['times the floor']:.2f} times the floor of {row['floor cycles']:,.0f}"
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+@console.command
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = frame.parser(__doc__)
     parser.add_argument("--architecture", type=int, default=90)
@@ -236,22 +264,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), nargs="+", default=["float32", "bfloat16"]
     )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="the backward whose sums do not depend on the order"
+    )
     parser.add_argument("--peer", nargs="+", default=[], metavar="MODULE:FUNCTION", help="others' kernels, see above")
     arguments = parser.parse_args(argv)
+    torch.use_deterministic_algorithms(arguments.deterministic)
+    others = {name: console.named_function(name) for name in arguments.peer}
+    triton = unfused(triton_functions(), "cpu")
     rows = []
     for case in arguments.case:
         for dtype in arguments.dtype:
             rows += measure(case, getattr(torch, dtype), arguments.architecture, arguments.blocks)
             print(*(show(row) for row in rows[-2:]), sep="\n", flush=True)
-    for peer in arguments.peer:
-        module, _, function = peer.partition(":")
-        for name, x, counts in getattr(importlib.import_module(module), function)(
-            arguments.architecture, arguments.blocks
-        ):
+    for name, run in triton.items():
+        for dtype in arguments.dtype:
+            if (name, dtype) == ("triton f32", "float32"):  # the same as triton's
+                continue
+            rows += measure_triton(name, run, getattr(torch, dtype), arguments.architecture, arguments.blocks)
+            print(*(show(row) for row in rows[-2:]), sep="\n", flush=True)
+    for peer, kernels in others.items():
+        for name, x, counts in kernels(arguments.architecture, arguments.blocks):
             rows.append(about("encoder, grid", f"{peer}, {name}", x, counts))
             print(show(rows[-1]), flush=True)
     frame.save(arguments.save, {"rows": rows})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

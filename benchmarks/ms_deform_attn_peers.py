@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +14,14 @@ from torch import Tensor
 from benchmarks import ms_deform_attn_cases as sizes
 from benchmarks.ms_deform_attn_cases import Inputs
 from ops.ms_deform_attn import available_backends, fused_ms_deform_attn, ms_deform_attn
+from tools import console
 
 Run = Callable[[Inputs], Tensor]
+TRITON = {
+    "triton": "deformops.backends.triton.msda_query_tiled:forward",
+    "triton f32": "deformops.backends.triton.msda_query_tiled_fp32acc:forward",
+}
+"""Triton's kernels of the unfused form; the second ones sum gradients of 16 bits in float32."""
 
 FILLING: Any = torch.utils.deterministic
 """A module whose switch type checkers do not know."""
@@ -51,28 +56,39 @@ class Deterministic:
         torch.use_deterministic_algorithms(enabled)
 
 
-def peers(names: list[str], device: str) -> dict[str, Run]:
+def unfused(functions: dict[str, Callable[..., Tensor]], device: str) -> dict[str, Run]:
     """Other implementations of the unfused form: f(value, shapes, level starts, locations, weights)."""
     shapes = torch.tensor(sizes.SHAPES, device=device)
     starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+    return {
+        name: lambda x, f=f: f(x.value, shapes, starts, x.locations, x.weights)  # type: ignore[misc] # default argument
+        for name, f in functions.items()
+    }
+
+
+def triton_functions() -> dict[str, Callable[..., Tensor]]:
+    """Those of ``TRITON`` that are installed."""
+    found = {}
+    for name, function in TRITON.items():
+        with contextlib.suppress(ValueError):
+            found[name] = console.named_function(function)
+    return found
+
+
+def peers(names: list[str], device: str) -> dict[str, Run]:
+    """Implementations of the unfused form by others: those that are installed, and those named MODULE:FUNCTION.
+
+    Raises:
+        ValueError: there is no such module or function.
+    """
     functions: dict[str, Callable[..., Tensor]] = {}
     if device == "cuda":
         with contextlib.suppress(ImportError):  # a peer that is not installed is not measured
             extension = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
             apply = extension.MultiScaleDeformableAttnFunction.apply
             functions["mmcv"] = lambda *arguments: apply(*arguments, 64)
-        with contextlib.suppress(ImportError):
-            registry = importlib.import_module("deformops.registry")
-            triton = functools.partial(registry.msda, backend=registry.Backend.TRITON)
-            functions["triton"] = functools.partial(triton, fp32acc=False)
-            functions["triton f32"] = functools.partial(triton, fp32acc=True)  # sums gradients of 16 bits in float32
-    for name in names:
-        module, _, function = name.partition(":")
-        functions[name] = getattr(importlib.import_module(module), function)
-    return {
-        name: lambda x, f=f: f(x.value, shapes, starts, x.locations, x.weights)  # type: ignore[misc] # default argument
-        for name, f in functions.items()
-    }
+        functions |= triton_functions()
+    return unfused(functions | {name: console.named_function(name) for name in names}, device)
 
 
 def implementations(form: str, x: Inputs, arguments: argparse.Namespace) -> dict[str, tuple[Run, Inputs]]:

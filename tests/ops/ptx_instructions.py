@@ -6,15 +6,14 @@ From NVIDIA's "Parallel Thread Execution ISA"; an instruction that is not known 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 DTYPES = {
     **{f"{kind}{bits}": np.dtype(f"{code}{bits // 8}") for kind, code in (("u", "u"), ("b", "u"), ("s", "i"))
        for bits in (8, 16, 32, 64)},
     "f32": np.dtype("f4"), "f16": np.dtype("f2"), "f64": np.dtype("f8"), "pred": np.dtype("?"),
+    "bf16": np.dtype("u2"),  # unknown to NumPy: the bits, which are read as float32 and rounded when they are written
 }  # fmt: skip
 
 
@@ -49,6 +48,15 @@ COMPARISONS = {
     "nan": "({a} != {a}) | ({b} != {b})",
     "num": "({a} == {a}) & ({b} == {b})",
 }
+SPECIAL = {
+    "%tid.x": "tid",
+    "%ntid.x": "ntid",
+    "%nctaid.x": "nctaid",
+    "%ctaid.x": "ctaid",
+    "%ctaid.y": "ctaid_y",
+    "%ctaid.z": "ctaid_z",
+}
+"""Registers that tell a thread who it is."""
 PLAIN = {"rn", "lo", "sync", "to", "approx", "relaxed", "gpu"}
 """Modifiers that change nothing here: approximations are exact, and threads take turns."""
 
@@ -71,6 +79,8 @@ class Instructions:
     def read(self, operand: str, kind: str) -> str:
         """A Python expression for an operand, as a number of a type."""
         dtype = DTYPES[kind]
+        if kind == "bf16":
+            return f"from_bf16({self.read(operand, 'u16')})"
         if operand.startswith("%") and operand[1:] in self.registers:
             own = self.registers[operand[1:]]
             if own.itemsize == dtype.itemsize:
@@ -79,15 +89,15 @@ class Instructions:
                 raise UnknownInstructionError(f"{operand} as {kind}")
             return f"{self.place[operand[1:]]}.astype({dtype.str!r})"
         if operand.startswith("%"):
-            return {"%tid.x": "tid", "%ctaid.x": "ctaid", "%ntid.x": "ntid", "%nctaid.x": "nctaid"}[operand]
+            return SPECIAL[operand]
         if double := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", operand):
             number: np.generic = np.uint64(int(double[1], 16)).view(np.float64)
         elif bits := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", operand):
             number = np.uint32(int(bits[1], 16)).view(np.float32 if kind == "f32" else np.uint32)
         elif kind == "pred":
             number = np.bool_(int(operand))
-        elif re.fullmatch(r"-?\d+", operand):
-            number = np.array(int(operand) & (2 ** (8 * dtype.itemsize) - 1), f"u{dtype.itemsize}").view(dtype)[()]
+        elif re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+", operand):
+            number = np.array(int(operand, 0) & (2 ** (8 * dtype.itemsize) - 1), f"u{dtype.itemsize}").view(dtype)[()]
         elif operand in self.symbols:
             number = np.uint64(self.symbols[operand])
         else:
@@ -103,6 +113,8 @@ class Instructions:
 
     def write(self, register: str, kind: str, value: str, mask: str) -> str:
         """A line that sets a register where the mask is; smaller numbers are extended."""
+        if kind == "bf16":
+            kind, value = "u16", f"to_bf16({value})"
         own = self.registers[register[1:]]
         if own.itemsize == DTYPES[kind].itemsize:
             return f"copyto({self.view(register[1:], kind)}, {value}, where={mask}, casting='unsafe')"
@@ -116,11 +128,12 @@ class Instructions:
         return f"{function}({inputs}, out={self.view(args[0][1:], kind)}, where={mask})"
 
     def address(self, operand: str) -> str:
-        """The 64-bit address in brackets."""
-        found = re.fullmatch(r"\[\s*([^+\]]+?)\s*(?:\+\s*(-?\d+))?\]", operand)
+        """The 64-bit address in brackets; those of shared memory may stand in 32 bits."""
+        found = re.fullmatch(r"\[\s*([^+\]]+?)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
         if not found:
             raise UnknownInstructionError(operand)
-        base = self.read(found[1], "u64")
+        narrow = self.registers.get(found[1][1:]) == DTYPES["u32"]
+        base = f"{self.read(found[1], 'u32')}.astype('u8')" if narrow else self.read(found[1], "u64")
         return f"{base} + {self.read(found[2], 'u64')}" if found[2] else base
 
     # Instructions: modifiers and operands to lines --------------------------------------------------------------------
@@ -154,6 +167,8 @@ class Instructions:
             return [self.write(args[0], wide, product, mask)]
         if not set(modifiers[:-1]) <= PLAIN:
             raise UnknownInstructionError("mul")
+        if kind == "bf16":
+            return [self.write(args[0], kind, f"{self.read(args[1], kind)} * {self.read(args[2], kind)}", mask)]
         return [self.arithmetic("multiply", kind, args, mask)]
 
     def _mad(self, modifiers: list[str], args: list[str], mask: str, number: int) -> list[str]:
@@ -229,6 +244,14 @@ class Instructions:
         value = f"({into} & np.uint32({~bits & 0xFFFFFFFF})) | (({inserted} << np.uint32({first})) & np.uint32({bits}))"
         return [self.write(args[0], "u32", value, mask)]
 
+    def _bfe(self, modifiers: list[str], args: list[str], mask: str, number: int) -> list[str]:
+        """Bits of a register, where and how many as constants, extended by zeros or by the highest of them."""
+        (kind,), first, count = modifiers, int(args[2]), int(args[3])
+        if not (kind in ("u32", "s32") and count > 0 and first + count <= 32):
+            raise UnknownInstructionError("bfe")
+        raised = f"asarray({self.read(args[1], 'u32')} << np.uint32({32 - first - count})).view({DTYPES[kind].str!r})"
+        return [self.write(args[0], kind, f"{raised} >> {32 - count}", mask)]
+
     def _prmt(self, modifiers: list[str], args: list[str], mask: str, number: int) -> list[str]:
         """Any four of eight bytes, which ones as a constant."""
         low, high = self.read(args[1], "u32"), self.read(args[2], "u32")
@@ -260,7 +283,12 @@ class Instructions:
     def _cvt(self, modifiers: list[str], args: list[str], mask: str, number: int) -> list[str]:
         *rounding, to, source = modifiers
         value = self.read(args[1], source)
-        if rounding == ["rmi"] and to == source == "f32":
+        if to == "bf16x2":  # of two operands, the first into the upper half
+            upper, lower = (f"to_bf16({self.read(arg, source)}).astype('u4')" for arg in args[1:])
+            return [self.write(args[0], "u32", f"{upper} << np.uint32(16) | {lower}", mask)]
+        if to == source == "f32" and rounding in (["rmi"], ["rmi", "ftz"]):
+            if "ftz" in rounding:
+                value = f"where(abs({value}) < finfo('f4').tiny, 0 * {value}, {value})"
             value = f"floor({value})"
         elif source == "f32" and to[0] in "su":
             value = f"to_integer({value}, {DTYPES[to].str!r}, {rounding[0]!r})"
@@ -294,6 +322,7 @@ class Instructions:
 
     def _st(self, modifiers: list[str], args: list[str], mask: str, number: int, what: str = "store") -> list[str]:
         space, *rest, kind = modifiers
+        space = space.removesuffix("::cta")  # of this block, as shared memory without a cluster is
         values = [self.read(part, kind) for part in re.findall(r"[%\w-]+", args[1])]
         self._check_access(space, rest, len(values), ("global", "shared"))
         return [
@@ -312,6 +341,9 @@ class Instructions:
     def _red(self, modifiers: list[str], args: list[str], mask: str, number: int) -> list[str]:
         if modifiers.pop(modifiers.index("add")) and modifiers[0] != "global":
             raise UnknownInstructionError("red")
+        if modifiers[-1] == "bf16":
+            modifiers.remove("noftz")
+            return self._st(modifiers, args, mask, number, "add_to_bf16")
         return self._st(modifiers, args, mask, number, "add_to")
 
     def _atom(self, modifiers: list[str], args: list[str], mask: str, number: int) -> list[str]:
@@ -345,27 +377,3 @@ class Instructions:
         if modifiers != ["sync"] or args != ["0"]:
             raise UnknownInstructionError("bar")
         return [f"block_is_in_order({mask})"]
-
-
-def to_integer(value: NDArray[Any], dtype: str, rounding: str) -> NDArray[Any]:
-    """As the hardware has it: what does not fit becomes the nearest that does, NaN 0 or, in 64 bits, the lowest."""
-    limits = np.iinfo(dtype)
-    whole = {"rzi": np.trunc, "rni": np.rint}[rounding](np.asarray(value, np.float64))
-    clipped = np.clip(whole, float(limits.min), float(limits.max))
-    result = np.where(np.isfinite(clipped), clipped, 0).astype(dtype)
-    result = np.where(whole >= float(limits.max), limits.max, result)
-    return np.where(np.isnan(whole), limits.min if limits.bits == 64 else 0, result).astype(dtype)
-
-
-def high_product(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-    """The upper 64 bits of a product of two unsigned 64-bit numbers."""
-    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    middle = (a >> half) * (b & low) + ((a & low) * (b & low) >> half)
-    other = (a & low) * (b >> half) + (middle & low)
-    return (a >> half) * (b >> half) + (middle >> half) + (other >> half)
-
-
-def trunc_divide(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-    """Integers divided towards zero."""
-    quotient = a // b
-    return quotient + ((quotient < 0) & (quotient * b != a)).astype(quotient.dtype)

@@ -82,7 +82,9 @@ class Kernel(Instructions):
             line = re.sub(r"^\{ \.reg \.b\d+ tmp; (.*) \}$", r"\1", line)  # half of a register, which nobody reads
             if table := re.match(r"\.const .*\.b8 (\w+)\[(\d+)\] = \{(.*)\};", line):
                 self._add_constant(table[1], int(table[2]), table[3])
-            elif parameter := re.match(r"\.param (?:\.align \d+ )?\.\w?(\d+) (\w+)(?:\[(\d+)\])?,?$", line):
+            elif parameter := re.match(
+                r"\.param (?:\.align \d+ )?\.\w?(\d+) (?:\.ptr .* )?(\w+)(?:\[(\d+)\])?,?$", line
+            ):
                 size = int(parameter[1]) // 8
                 self.symbols[parameter[2]] = offset = -(-self.parameter_bytes // size) * size
                 self.parameter_bytes = offset + size * int(parameter[3] or 1)

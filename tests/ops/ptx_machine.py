@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx_instructions import DTYPES, high_product, to_integer, trunc_divide
+from ptx_instructions import DTYPES
 from ptx_kernel import END, Kernel
+from ptx_numbers import from_bf16, high_product, to_bf16, to_integer, trunc_divide
 from ptx_words import NOBODY, Words
 
 Array = NDArray[Any]
@@ -53,6 +54,8 @@ Observer = Callable[[Access], None]
 class Machine:
     """One launch of a kernel: of its grid, the blocks named, each of ``threads`` threads.
 
+    A grid of more than one axis has its sizes in ``grid``; its blocks are counted along the first axis first.
+
     Raises (``run``):
         PtxFaultError: misaligned, out of bounds, uninitialised, racing, or waiting for ever.
     """
@@ -66,7 +69,9 @@ class Machine:
         parameter: bytes,
         regions: Sequence[Region],
         observer: Observer | None = None,
+        grid: Sequence[int] = (),
     ) -> None:
+        self.grid = (*grid, 1, 1) if grid else (max(blocks) + 1, 1, 1)
         self.kernel, self.threads, self.blocks, self.observer = kernel, threads, np.array(blocks), observer
         self.shared_bytes = shared_bytes
         size = threads * len(blocks)
@@ -96,6 +101,7 @@ class Machine:
 
     def _names(self, size: int) -> dict[str, Any]:
         """What the kernel's functions see."""
+        place = self.blocks[self.block]
         names: dict[str, Any] = {
             **{name: getattr(np, name) for name in dir(np) if not name.startswith("_")},
             "np": np,
@@ -103,18 +109,23 @@ class Machine:
             "SHARED_AS_GENERIC": np.uint64(1 << 47),
             **self.kernel.literals,
             "tid": (self.everyone % self.threads).astype(np.uint32),
-            "ctaid": self.blocks[self.block].astype(np.uint32),
+            "ctaid": (place % self.grid[0]).astype(np.uint32),
+            "ctaid_y": (place // self.grid[0] % self.grid[1]).astype(np.uint32),
+            "ctaid_z": (place // self.grid[0] // self.grid[1]).astype(np.uint32),
             "ntid": np.uint32(self.threads),
-            "nctaid": np.uint32(self.blocks.max() + 1),
+            "nctaid": np.uint32(self.grid[0]),
             "load": self.load,
             "store": self.store,
             "add_to": self.add_to,
+            "add_to_bf16": self.add_to_bf16,
             "leave": self.leave,
             "exchange": self.exchange,
             "lanes_alike": self.lanes_alike,
             "any_lane": self.any_lane,
             "warp_is_in_order": self.warp_is_in_order,
             "block_is_in_order": self.block_is_in_order,
+            "from_bf16": from_bf16,
+            "to_bf16": to_bf16,
             "high_product": high_product,
             "to_integer": to_integer,
             "trunc_divide": trunc_divide,
@@ -206,7 +217,7 @@ class Machine:
         return result
 
     def store(self, space: str, address: Any, mask: Any, dtype: str, values: list[Any], line: int) -> None:
-        """Write one number or more a thread."""
+        """Write one number or more a thread; threads may write the same one to the same place of shared memory."""
         item = np.dtype(dtype).itemsize
         if space == "shared":
             who, index = self._in_shared(address, mask, item, len(values), line, True)
@@ -221,7 +232,10 @@ class Machine:
                     self.fail("two threads write one address", line, who[other.argmax()])
                 self.owner[region][row[:, None] * (item // 2) + halves] = who[:, None]
         for row, value in zip(index, values, strict=True):
-            memory[row] = value[who] if np.ndim(value) else value
+            sent = np.broadcast_to(np.asarray(value, dtype), self.everyone.shape)[who]
+            memory[row] = sent
+            if (lost := memory[row].view(f"u{item}") != sent.view(f"u{item}")).any():
+                self.fail("two threads write one address", line, who[lost.argmax()])
 
     def add_to(self, space: str, address: Any, mask: Any, dtype: str, values: list[Any], line: int) -> None:
         """Add to global memory, one thread after the other."""
@@ -229,6 +243,18 @@ class Machine:
         who, region, index = self._in_global(address, mask, item, len(values), line, True)
         for row, value in zip(index, values, strict=True):
             np.add.at(self._elements(region, dtype), row, value[who] if np.ndim(value) else value)
+        self.adds += index.size
+
+    def add_to_bf16(self, space: str, address: Any, mask: Any, dtype: str, values: list[Any], line: int) -> None:
+        """The same of bfloat16, rounded after each thread."""
+        who, region, index = self._in_global(address, mask, 2, len(values), line, True)
+        memory = self._elements(region, dtype)
+        for row, value in zip(index, values, strict=True):
+            added = np.broadcast_to(value, len(self.everyone))[who]
+            while len(row):
+                _, first = np.unique(row, return_index=True)  # one thread of those that add to the same
+                memory[row[first]] = to_bf16(from_bf16(memory[row[first]]) + added[first])
+                row, added = np.delete(row, first), np.delete(added, first)
         self.adds += index.size
 
     def exchange(self, source: Any, step: Any, clamp: Any, members: Any, mask: Any, line: int) -> Array:

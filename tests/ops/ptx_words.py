@@ -25,6 +25,7 @@ class Words:
         """Note an access of one word a thread; a fault and the index of who did it, or None.
 
         Two accesses are in order if there is a barrier of the block between them, or one of the warp that both are in.
+        What one instruction writes is looked at by ``Machine.store``.
         """
         writer = self.writer[word]
         if not write and (wrong := writer == NOBODY).any():
@@ -41,8 +42,6 @@ class Words:
             if racing.any():
                 return "a race of a write after a read", int(racing.argmax())
             self.writer[word], self.written[word], self.written_in_warp[word] = who, time, warp_time
-            if (twice := self.writer[word] != who).any():
-                return "a race of two writes", int(twice.argmax())
             return None
         # Lanes that read before a barrier of their warp are in order with whoever of the warp writes behind it.
         together = read_since & ((self.reading_warp[word] != warp) | (self.read_in_warp[word] >= warp_time))

@@ -10,11 +10,28 @@ import pytest
 import torch
 from ptx_launch import newest_architecture
 from ptx_machine import Access, Region
+from test_ptx_instructions import scaled_sums, triton
 
 from benchmarks import count_ms_deform_attn as counts
 from benchmarks import ms_deform_attn_cases
 
 LANES = np.arange(32)
+
+
+class SumsByTriton(torch.autograd.Function):
+    """No attention, but two launches: in the forward, and in the backward."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.inputs, rows = inputs, inputs[0].numel() // 32
+        sums, total = torch.zeros(rows), torch.zeros(32)
+        scaled_sums[(rows // 16, 1)](inputs[0], 1.5, sums, total, rows, ROWS=16, COLUMNS=32)
+        return sums
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        SumsByTriton.forward(ctx, *ctx.inputs)
+        return ctx.inputs
 
 
 @pytest.mark.parametrize(
@@ -74,3 +91,20 @@ def test_counts_of_a_small_encoder(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     counts.main(["--dtype", "float32", "--peer", "peer:kernels"])
     ours, theirs = capsys.readouterr().out.split("encoder, grid, peer:kernels, forward", 1)
     assert ours.splitlines()[1] in theirs
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_counts_of_kernels_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of many blocks, each of 16 rows: a pass for each row read or added to, and one for the block's 16 sums."""
+    monkeypatch.setattr(ms_deform_attn_cases, "SHAPES", [(16, 16)])
+    rows = counts.measure_triton(
+        "sums", lambda x: SumsByTriton.apply(x.value, x.locations, x.weights), torch.float32, 90, 2
+    )
+    assert [row["kernel"] for row in rows] == ["sums, forward", "sums, backward"]
+    for row in rows:
+        assert row["registers"] > 0
+        assert row["spilled"] == 0
+        assert row["wavefronts, global"] == 16 * 16 * 8
+        assert row["wavefronts, reductions and stores"] == 16 * 16 * 8 + 16 * 8
+        assert row["l2 bytes"] == 2 * 16 * 16 * 8 * 128 + 16 * 16 * 8 * 4
+        assert 0.3 < row["instructions"] / row["ptx"] < 2
