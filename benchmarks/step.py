@@ -188,6 +188,8 @@ def main() -> int:
     parser.add_argument("--busy", action="store_true", help="processor time instead of time, for a machine in use")
     arguments = parser.parse_args()
     names = [*(arguments.backends or [arguments.device]), *arguments.peer]
+    for name in {*names} - {*available_backends(), "transformers"}:
+        console.named_function(name)  # before anything takes its time
     rows: dict[str, dict[str, Any]] = {}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name in names:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import frame, ms_deform_attn_cases, ms_deform_attn_peers, tune_ms_deform_attn
+from benchmarks import frame, ms_deform_attn_cases, ms_deform_attn_peers, step, tune_ms_deform_attn
 from benchmarks import ms_deform_attn as benchmark
 from ops.ms_deform_attn import available_backends, ms_deform_attn
 
@@ -47,6 +48,16 @@ def test_benchmark_at_a_small_size(
     assert path.name in printed
     assert "left out: decoder, unfused, math:dist, torch.bfloat16: dist expected 2 arguments" in printed  # and no more
     assert len(result["left_out"]) == 3 * 2
+
+
+@pytest.mark.parametrize("module", [benchmark, step])
+@pytest.mark.parametrize("peer", ["nowhere:run", "math:nothing", "math"])
+def test_a_peer_that_does_not_exist_is_said_at_once(
+    module: types.ModuleType, peer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--device", "cpu", "--peer", peer])
+    assert module.main() == 2
+    assert capsys.readouterr().err.startswith(f"error: {peer}: the module ")
 
 
 def picky_peer(*tensors: torch.Tensor) -> torch.Tensor:
