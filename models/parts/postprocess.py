@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
@@ -52,5 +53,11 @@ def without_duplicates(scores: Tensor, labels: Tensor, boxes: Tensor, nms_iou: f
     """
     overlap = box_iou(boxes, boxes) * (labels[:, :, None] == labels[:, None])
     repeated = overlap.triu(diagonal=1).amax(dim=1) > nms_iou
-    scores, order = scores.masked_fill(repeated, 0).sort(dim=1, descending=True, stable=True)
+    # What is dropped goes behind the rest, which stays in order (a stable sort would do it, but has no form in ONNX).
+    kept = ~repeated
+    place = torch.where(repeated, kept.sum(1, keepdim=True) + repeated.cumsum(1), kept.cumsum(1)) - 1
+    order = torch.zeros_like(place).scatter(
+        1, place, torch.arange(place.shape[1], device=place.device).expand_as(place)
+    )
+    scores = scores.masked_fill(repeated, 0).gather(1, order)
     return scores, labels.gather(1, order), boxes.gather(1, order[..., None].expand(-1, -1, 4))
