@@ -53,11 +53,8 @@ def without_duplicates(scores: Tensor, labels: Tensor, boxes: Tensor, nms_iou: f
     """
     overlap = box_iou(boxes, boxes) * (labels[:, :, None] == labels[:, None])
     repeated = overlap.triu(diagonal=1).amax(dim=1) > nms_iou
-    # What is dropped goes behind the rest, which stays in order (a stable sort would do it, but has no form in ONNX).
-    kept = ~repeated
-    place = torch.where(repeated, kept.sum(1, keepdim=True) + repeated.cumsum(1), kept.cumsum(1)) - 1
-    order = torch.zeros_like(place).scatter(
-        1, place, torch.arange(place.shape[1], device=place.device).expand_as(place)
-    )
+    # What is dropped goes behind the rest, which stays in order (by distinct keys: a stable sort has no form in ONNX).
+    places = torch.arange(scores.shape[1], device=scores.device)
+    order = torch.where(repeated, places + scores.shape[1], places).argsort(dim=1)
     scores = scores.masked_fill(repeated, 0).gather(1, order)
     return scores, labels.gather(1, order), boxes.gather(1, order[..., None].expand(-1, -1, 4))

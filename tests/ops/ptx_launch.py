@@ -36,7 +36,7 @@ def regions(plan: Plan, problem: Any, blocks: int) -> list[Region]:
         int(macros[k]) for k in ("LEVELS", "POINTS", "HEADS", "CHANNELS", "REFERENCE_SIZE")
     )
     value, sample = (4 if macros[k] == "0" else 2 for k in ("VALUE_TYPE", "SAMPLE_TYPE"))
-    images, heads = blocks // (problem.tiles * heads), heads
+    images = blocks // (problem.tiles * heads)
     rows = images * problem.queries * heads
     samples, pixels = rows * levels * points, images * problem.pixels * heads * channels
     inputs = {
