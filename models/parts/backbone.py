@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.parts import timm_models
+from models.parts import backbone_weights, timm_models
 from models.parts.any_size import accept_any_size
-from models.parts.backbone_weights import select_weights
 from models.parts.feature_pyramid import SimpleFeaturePyramid
 from models.parts.frozen_norms import fold_all, freeze_norms
 from models.parts.timm_models import Channels, Outline, names_in_whole, outline, parameters_of_maps
@@ -27,7 +26,8 @@ class BackboneConfig:
     """Name of a timm model, with its weights' tag where they matter."""
     pretrained: bool | str = True
     """True: timm's weights for that name; false: random initialisation; else a file (.pth or .safetensors) in timm's or
-    torchvision's names, or with the same layers in the same order."""
+    torchvision's names, or with the same layers in the same order, or of a detector that was trained here, whose
+    backbone is taken."""
     strides: tuple[int, ...] = (8, 16, 32)
     """Strides of the levels to use, ascending; a plain vision transformer of patch size p offers p/4, p/2, p and 2p."""
     norm: Literal["frozen", "batch", "group"] = "frozen"
@@ -69,9 +69,13 @@ class BackboneConfig:
         if self.frozen_stages:
             timm_models.frozen_parameters(self.model, self.dilation, self.frozen_stages)
         if load_weights and isinstance(self.pretrained, str):
+            state = backbone_weights.read(self.pretrained)
+            if backbone_weights.are_of_detector(state):
+                self.build()
+                return
             body = timm_models.without_storage(self.model, features_only=True, out_indices=indices, **found.options)
             used = parameters_of_maps(self.model, self.dilation, indices)
-            select_weights(body, found.whole, self.pretrained, self.model, used)
+            backbone_weights.select_weights(body, found.whole, state, self.pretrained, self.model, used)
 
     def build(self, load_weights: bool = True) -> Backbone:
         """Make the model and load its weights.
@@ -93,7 +97,10 @@ class Backbone(nn.Module):
         self.channels_last = self._recomputes = False
         found = outline(config.model, config.dilation)
         self.size_multiple, self.strides = found.size_multiple, config.strides
-        body = _create(config, found, load_weights)
+        state = None
+        if load_weights and isinstance(config.pretrained, str):
+            state = backbone_weights.read(config.pretrained)
+        body = _create(config, found, load_weights, state)
         accept_any_size(body)
         self.channels: tuple[int, ...] = tuple(body.feature_info.channels())
         self.features_come_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
@@ -117,6 +124,8 @@ class Backbone(nn.Module):
             for name, parameter in body.named_parameters():
                 if _replaced(name) in idle:
                     parameter.requires_grad_(False)
+        if state is not None and backbone_weights.are_of_detector(state):
+            backbone_weights.load_of_detector(body, state, str(config.pretrained))
         self.body = body
         norms = (nn.LayerNorm(channels) for channels in self.channels) if config.output_norm else ()
         self.output_norms = nn.ModuleList(norms)
@@ -215,14 +224,15 @@ def _indices(config: BackboneConfig, found: Outline) -> tuple[int, ...]:
     return tuple(last[stride] for stride in config.strides)
 
 
-def _create(config: BackboneConfig, found: Outline, load_weights: bool) -> Any:
+def _create(config: BackboneConfig, found: Outline, load_weights: bool, state: dict[str, Tensor] | None) -> Any:
     indices = _indices(config, found)
     options = {"features_only": True, "out_indices": indices, **found.options}
     if not load_weights or isinstance(config.pretrained, str):
         body = timm.create_model(config.model, pretrained=False, **options)
-        if load_weights:
-            used = parameters_of_maps(config.model, config.dilation, indices)
-            body.load_state_dict(select_weights(body, found.whole, str(config.pretrained), config.model, used))
+        if state is not None and not backbone_weights.are_of_detector(state):
+            used, path = parameters_of_maps(config.model, config.dilation, indices), str(config.pretrained)
+            fitting = backbone_weights.select_weights(body, found.whole, state, path, config.model, used)
+            body.load_state_dict(fitting)
         return body
     try:
         return timm.create_model(config.model, pretrained=config.pretrained, **options)

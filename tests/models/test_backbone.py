@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import timm
 import torch
@@ -167,6 +169,28 @@ def test_statistics_are_the_models_own():
 def test_a_file_of_another_number_of_classes_fits(tmp_path):
     torch.save(timm.create_model("resnet18", num_classes=7).state_dict(), tmp_path / "seven.pth")
     BackboneConfig(model="resnet18", pretrained=str(tmp_path / "seven.pth")).check()
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch", "group"])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_backbone_of_a_trained_detector(tmp_path, norm, averaged):
+    """Fewer stages are as good, another norm is not; a frozen norm computes with what was loaded."""
+    path, _ = weight_file(tmp_path)
+    torch.manual_seed(6)
+    source = BackboneConfig(model="resnet18", pretrained=str(path), norm=norm, strides=(8, 16)).build().eval()
+    for value in source.state_dict().values():
+        value.add_(0.01 * torch.rand(value.shape)) if value.is_floating_point() else None
+    detector = nn.ModuleDict({"backbone": source, "head": nn.Linear(2, 2)})
+    weights = detector.state_dict()
+    content = {"weights": {}, "ema": {"weights": weights}} if averaged else {"weights": weights, "ema": None}
+    torch.save(content, tmp_path / "detector.pth")
+    config = BackboneConfig(model="resnet18", pretrained=str(tmp_path / "detector.pth"), norm=norm, strides=(8,))
+    config.check()
+    images = torch.randn(1, 3, 64, 96)
+    torch.testing.assert_close(config.build().eval()(images), source(images)[:1])
+    if norm == "group":
+        with pytest.raises(ValueError, match=r"this detector is another one: 20 of 50 .* bn1"):
+            dataclasses.replace(config, norm="frozen").check()
 
 
 def test_a_file_in_the_same_order_under_other_names(tmp_path):
