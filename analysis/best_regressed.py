@@ -59,18 +59,20 @@ def by_confidence(scores: Floats) -> Integers:
     return result
 
 
-def best_regressed(scores: Floats, boxes_xyxy: Floats, objects: ImageObjects) -> BestRegressed:
+def best_regressed(scores: Floats, boxes_xyxy: Floats, objects: ImageObjects, tolerance: float = 0.0) -> BestRegressed:
     """Find the best-regressed query of each target of an image; of equal overlaps the more confident query.
 
     Args:
         scores: [Q, C] in [0, 1] of all queries.
         boxes_xyxy: [Q, 4] in the unit of the targets.
         objects: of the image.
+        tolerance: overlaps that are lower than the highest by this much at most count as equal to it.
     """
     targets = np.flatnonzero(~objects.crowd)
     order = by_confidence(scores)
     iou = pairwise_iou(boxes_xyxy[order], objects.boxes_xyxy[targets])
-    rank = iou.argmax(axis=0) if len(targets) else np.empty(0, dtype=np.int64)
+    # The first of the true ones is the most confident.
+    rank = (iou >= iou.max(axis=0) - tolerance).argmax(axis=0) if len(targets) else np.empty(0, dtype=np.int64)
     query = order[rank]
     return BestRegressed(
         query,

@@ -26,6 +26,8 @@ from analysis.oracle import OracleGap, oracle_gap
 LEAST_IOUS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 """For the recall of best-regressed samples; 0 asks for any overlap."""
 FACTORS = (1, 2)
+NEARLY = 0.02
+"""Of IoU: with so little less, a query is as well placed as the best one."""
 
 
 class Observation(NamedTuple):
@@ -35,6 +37,8 @@ class Observation(NamedTuple):
     objects: ImageObjects
     detections: ImageDetections
     best: BestRegressed
+    nearly_best: BestRegressed
+    """The most confident of those that are within ``NEARLY`` of the best."""
     confident: MostConfident
 
 
@@ -51,7 +55,8 @@ def observe(
         boxes_xyxy: [Q, 4] of all queries, in pixels of the original image.
     """
     best = best_regressed(scores, boxes_xyxy, objects)
-    return Observation(image_id, objects, detections, best, most_confident(scores, boxes_xyxy, objects))
+    nearly = best_regressed(scores, boxes_xyxy, objects, NEARLY)
+    return Observation(image_id, objects, detections, best, nearly, most_confident(scores, boxes_xyxy, objects))
 
 
 class Report(NamedTuple):
@@ -63,6 +68,8 @@ class Report(NamedTuple):
     """Metrics of the evaluator."""
     best: BestRegressed
     """Best-regressed queries of all images."""
+    nearly_best: BestRegressed
+    """The same of queries that are within ``NEARLY`` of the best."""
     populations: dict[str, tuple[Floats, Floats]]
     """(score, IoU) of two populations of queries: best_regressed, most_confident."""
     alignments: dict[str, Alignment | None]
@@ -107,6 +114,7 @@ def make_report(
         categories=tuple(categories),
         metrics=metrics,
         best=best,
+        nearly_best=join([observation.nearly_best for observation in observations]),
         populations=populations,
         alignments={name: alignment(*population) for name, population in populations.items()},
         oracle=oracle_gap(objects, detections, num_classes),
@@ -144,6 +152,9 @@ def as_json(report: Report) -> Any:
                 "recall": {
                     _factor(factor): {f"IoU>={least:g}": recall(best, factor, least) for least in LEAST_IOUS}
                     for factor in FACTORS
+                },
+                f"recall_within_{NEARLY:g}": {
+                    _factor(factor): recall(report.nearly_best, factor) for factor in FACTORS
                 },
                 "recall_by_size": {
                     _factor(factor): {size: recall(best, factor, size=size) for size in SIZES} for factor in FACTORS

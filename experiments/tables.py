@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from analysis.bootstrap import Interval
 from experiments.comparison import Group, Summary, text_of
+from experiments.measures import LOWER_IS_BETTER
 from experiments.plan import short_keys
 
 
@@ -59,10 +60,11 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[Cell]]]:
     for metric in comparison.metrics:
         means = [round(row.summaries[metric].mean, 2) for row in rows]
         finite = [mean for mean in means if not math.isnan(mean)]
-        highest = max(finite) if len(set(finite)) > 1 else math.nan
+        best = min if metric in LOWER_IS_BETTER else max
+        chosen = best(finite) if len(set(finite)) > 1 else math.nan
         header.append(metric)
         for cells, row, mean in zip(body, rows, means, strict=True):
-            cells.append(Cell(_number(row.summaries[metric]), mean == highest))
+            cells.append(Cell(_number(row.summaries[metric]), mean == chosen))
         if metric in comparison.compared:
             header.append(f"Δ{metric}")
             for cells, row in zip(body, rows, strict=True):

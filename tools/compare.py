@@ -2,6 +2,7 @@
 
     python -m tools.compare runs/NAME --baseline KEY=VALUE
     python -m tools.compare runs/A runs/B
+    python -m tools.compare runs/NAME --metrics AP,AP75 --analysis analysis/*/analysis.json
 
 Rows are told apart by the keys in which the configurations differ; runs that differ in their seed only share a row.
 Differences from the baseline come with a paired bootstrap interval over the validation images.
@@ -24,6 +25,7 @@ from analysis.bootstrap import Interval
 from experiments import intervals
 from experiments.comparison import Group, collect, find_baseline, group, seed_notes, summarise
 from experiments.curves import draw_learning_curves
+from experiments.measures import add_measures
 from experiments.tables import Comparison, Row, as_csv, as_latex, as_markdown
 from tools import console
 
@@ -36,6 +38,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", help="row to compare with: a variant or key=value[,key=value]")
     parser.add_argument("--at", choices=("last", "best"), default="last", help="which evaluation counts (%(default)s)")
     parser.add_argument("--metrics", default=",".join(METRICS), help="columns (%(default)s)")
+    parser.add_argument(
+        "--analysis",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="tools.analyze's analysis.json: more columns",
+    )
     parser.add_argument("--samples", type=int, default=1000, help="resamples of the bootstrap, or 0 (%(default)s)")
     parser.add_argument("--confidence", type=float, default=0.95, help="confidence of the intervals (%(default)s)")
     parser.add_argument("--out", type=Path, help="directory for the files (default: the first path)")
@@ -51,6 +61,8 @@ def compare(args: argparse.Namespace) -> tuple[Comparison, list[Group]]:
     members, baseline = collect(args.paths, lambda cfg, overrides: config.to_dict(config.load(cfg, overrides)))
     groups = group(members)
     metrics = [name.strip() for name in args.metrics.split(",")]
+    if args.analysis:
+        metrics += add_measures(members, args.analysis)
     known = {key for member in members for record in member.run.evals for key in record}
     if not known:
         raise ValueError(f"none of the {len(members)} runs has been evaluated yet")

@@ -49,6 +49,17 @@ def test_the_best_regressed_query_of_each_target(case):
     assert found.area.tolist() == [400, 10000]
 
 
+def test_a_nearly_as_good_query_that_is_more_confident_may_count(case):
+    scores, boxes, objects = case
+    boxes[4] = [0, 0, 20, 18]  # IoU 0.9 with the first target, and more confident than the one of 0.95
+    assert best_regressed(scores, boxes, objects, 0.04).query.tolist() == [0, 3]
+    near = best_regressed(scores, boxes, objects, 0.06)
+    assert near.query.tolist() == [4, 3]
+    assert recall(near, 1) == 0.5  # rank 2 is not among the two most confident
+    assert best_regressed(scores, boxes, objects, 0.5).query.tolist() == [1, 3], "IoU 0.5, and rank 1"
+    assert best_regressed(scores[:0], boxes[:0], image([], []), 0.5).query.tolist() == []
+
+
 def test_recall_among_the_n_and_the_2n_most_confident(case):
     found = best_regressed(*case)
     assert recall(found, 1) == 0.5  # rank 3 is not among the two most confident

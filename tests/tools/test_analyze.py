@@ -108,6 +108,40 @@ def test_sweep_compare_and_analyze(swept, monkeypatch, capsys):
     for name in FIGURES:
         assert (swept / "analysis" / f"{name}.png").stat().st_size > 1000
 
+    # The same numbers as columns of the table, in percent.
+    capsys.readouterr()
+    assert compare.main(["runs/loss", "--samples", "0", "--metrics", "AP", "--analysis", "analysis/analysis.json"]) == 0
+    lines = [line.replace("**", "").strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    names = [name.strip() for name in lines[0]]
+    assert names[-7:] == [
+        "recall N",
+        "recall 2N",
+        "N within 0.02",
+        "Spearman",
+        "calibration",
+        "aligned AP",
+        "duplicates",
+    ]
+    for entry, line in zip(content["checkpoints"], lines[2:4], strict=True):
+        row = dict(zip(names, map(str.strip, line), strict=True))
+        best = entry["best_regressed"]
+        assert float(row["recall 2N"]) == pytest.approx(100 * best["recall"]["2N"]["IoU>=0"], abs=0.005)
+        assert float(row["N within 0.02"]) == pytest.approx(100 * best["recall_within_0.02"]["N"], abs=0.005)
+        assert best["recall_within_0.02"]["N"] >= best["recall"]["N"]["IoU>=0"]
+        assert float(row["calibration"]) == pytest.approx(
+            100 * entry["misalignment"]["most_confident"]["calibration_error"], abs=0.005
+        )
+    assert compare.main(["runs/loss", "--analysis", "sweep.yaml"]) == 2
+    assert "sweep.yaml: " in capsys.readouterr().err
+    assert (
+        compare.main(["runs/loss", "--analysis", "analysis/analysis.json", "analysis/../analysis/analysis.json"]) == 2
+    )
+    assert "classification-focal is in another of these analyses already" in capsys.readouterr().err
+    content["checkpoints"].pop()
+    Path("half.json").write_text(json.dumps(content))
+    assert compare.main(["runs/loss", "--analysis", "half.json"]) == 2
+    assert "not in these analyses: classification-ia_bce" in capsys.readouterr().err
+
 
 @pytest.mark.slow
 def test_mistakes_are_one_line(swept, monkeypatch, capsys, tmp_path):
