@@ -66,24 +66,13 @@ def compile_kernel(plan: Plan, architecture: int, options: Sequence[str] = ()) -
     Raises:
         BackendUnavailableError: NVRTC is not installed, does not know the architecture, or fails.
     """
-    source = SHARED_MEMORY + f'#line 1 "{plan.source}"\n' + (SOURCES / plan.source).read_text()
-    options = [f"--gpu-architecture=sm_{architecture}", *options]
-    return compile_source(source, plan.source, options + [f"-D{name}={value}" for name, value in plan.macros])
-
-
-def compile_source(source: str, name: str, options: Sequence[str], instance: str | None = None) -> Compiled:
-    """Compile a source, or ``instance`` of a template in it.
-
-    Raises:
-        BackendUnavailableError: NVRTC is not installed, does not know the architecture, or fails.
-    """
     nvrtc, _ = bindings()
+    source = SHARED_MEMORY + f'#line 1 "{plan.source}"\n' + (SOURCES / plan.source).read_text()
+    options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ptxas-options=-v", *options]
+    options += [f"-D{name}={value}" for name, value in plan.macros]
     headers = [(SOURCES / name).read_bytes() for name in HEADERS]
     names = [name.encode() for name in HEADERS]
-    options = ["--std=c++17", "--ptxas-options=-v", *options]
-    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), len(headers), headers, names))
-    if instance is not None:
-        checked(nvrtc.nvrtcAddNameExpression(program, instance.encode()))
+    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), plan.source.encode(), len(headers), headers, names))
 
     def output(kind: str) -> bytes:
         data = b" " * checked(getattr(nvrtc, f"nvrtcGet{kind}Size")(program))
@@ -95,8 +84,7 @@ def compile_source(source: str, name: str, options: Sequence[str], instance: str
         report = output("ProgramLog").decode(errors="replace").strip("\0 \n")
         if int(status[0]) != 0:
             errors = re.findall(r".*error.*", report) or [report or str(status[0])]
-            architecture = next(option.split("=")[1] for option in options if "gpu-architecture" in option)
-            raise BackendUnavailableError(f"NVRTC for {architecture}: {errors[0].strip()}")
+            raise BackendUnavailableError(f"NVRTC for sm_{architecture}: {errors[0].strip()}")
         return Compiled(output("CUBIN"), output("PTX").decode().rstrip("\0"), report)
     finally:
         checked(nvrtc.nvrtcDestroyProgram(program))
