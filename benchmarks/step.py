@@ -7,6 +7,8 @@
 All contenders take turns in one run; a time is the best of the rounds, of the processor where --busy says so. Memory is
 the growth of the largest resident size over that of the built model, each contender in a process of its own; on a GPU,
 what was allocated at most. Operations are those that PyTorch dispatches, views left out: on a GPU each is a launch.
+The floor is the time that a call's multiplications (convolutions, linear layers, attention; not the sampling op) would
+take at the rate at which the same machine multiplies large matrices, measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import config
 from benchmarks import frame
@@ -33,6 +36,8 @@ from tools import console
 
 TARGETS = 7
 """In each image, the mean of COCO."""
+MATRIX = {"cpu": 3072, "cuda": 8192}
+"""Side of the matrices whose product gives the rate of the floor."""
 Call = Callable[[], object]
 
 
@@ -169,6 +174,23 @@ def peak_mib(name: str, arguments: argparse.Namespace) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
 
 
+def seconds(call: Call, arguments: argparse.Namespace) -> float:
+    """Time of a call, or the processor's with --busy."""
+    clock = time.process_time if arguments.busy else time.perf_counter
+    began = clock()
+    call()
+    if arguments.device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - began
+
+
+def product(arguments: argparse.Namespace) -> Call:
+    """One product of two large matrices in the contenders' type."""
+    side, dtype = MATRIX[arguments.device], getattr(torch, arguments.dtype)
+    left, right = (torch.randn(side, side, device=arguments.device, dtype=dtype) for _ in range(2))
+    return lambda: left @ right
+
+
 @console.command
 def main() -> int:
     """The command line."""
@@ -194,31 +216,34 @@ def main() -> int:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name in names:
             rows[name] = {"memory_mib": pool.apply(peak_mib, (name, arguments)), "seconds": float("inf")}
+    multiply, fastest = product(arguments), float("inf")
     calls = {name: make(name, arguments) for name in names}
-    clock = time.process_time if arguments.busy else time.perf_counter
     for _ in range(arguments.rounds + 1):
         for name, call in calls.items():
             if name in available_backends():
                 set_default_backend(name)
-            began = clock()
-            call()
-            if arguments.device == "cuda":
-                torch.cuda.synchronize()
-            taken = clock() - began
+            taken = seconds(call, arguments)
             if "operations" not in rows[name]:  # the first call warms up, the second is counted, others are timed
-                with Dispatched() as seen:
+                with FlopCounterMode(display=False) as multiplied, Dispatched() as seen:
                     call()
-                rows[name] |= {"operations": seen.operations.total(), "reads": seen.reads}
+                flops = multiplied.get_total_flops()
+                rows[name] |= {"operations": seen.operations.total(), "reads": seen.reads, "gflop": flops / 1e9}
             else:
                 rows[name]["seconds"] = min(rows[name]["seconds"], taken)
+        fastest = min(fastest, seconds(multiply, arguments))
+    rate = 2 * MATRIX[arguments.device] ** 3 / fastest / 1e9
     first = rows[names[-1]]["seconds"]
-    print(f"{'':24} operations  reads   seconds  of the last   memory beyond the model")
+    print(f"multiplying matrices of {MATRIX[arguments.device]}: {rate:.0f} GFLOP/s")
+    print(f"{'':24} operations  reads   seconds  of the last   GFLOP  times their floor   memory beyond the model")
     for name, row in rows.items():
         print(
             f"{name:24} {row['operations']:10d} {row['reads']:6d} {row['seconds']:9.3f} {first / row['seconds']:11.2f}x"
-            f" {row['memory_mib']:15.0f} MiB"
+            f" {row['gflop']:8.0f} {row['seconds'] * rate / row['gflop']:17.2f}x {row['memory_mib']:15.0f} MiB"
         )
-    frame.save(arguments.save, {**frame.machine(arguments.device), "arguments": vars(arguments), "rows": rows})
+    frame.save(
+        arguments.save,
+        {**frame.machine(arguments.device), "arguments": vars(arguments), "product_gflop_s": rate, "rows": rows},
+    )
     return 0
 
 
