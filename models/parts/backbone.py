@@ -71,7 +71,8 @@ class BackboneConfig:
         if load_weights and isinstance(self.pretrained, str):
             state = backbone_weights.read(self.pretrained)
             if backbone_weights.are_of_detector(state):
-                self.build()
+                with torch.random.fork_rng(devices=[]):
+                    self.build()
                 return
             body = timm_models.without_storage(self.model, features_only=True, out_indices=indices, **found.options)
             used = parameters_of_maps(self.model, self.dilation, indices)
