@@ -3,6 +3,7 @@
     python -m benchmarks.step --cfg configs/dino_r50_12ep.yaml --size 480 640 --batch 2
     python -m benchmarks.step --cfg configs/deformable_detr_two_stage_r50_50ep.yaml --infer --peer transformers
     python -m benchmarks.step --cfg configs/quickstart.yaml --size 192 192 --batch 4 --backends reference cpu
+    python -m benchmarks.step --cfg configs/shapes/detr.yaml --cfg configs/shapes/dino.yaml --size 64 64 --batch 16
 
 All contenders take turns in one run; a time is the best of the rounds, of the processor where --busy says so. Memory is
 the growth of the largest resident size over that of the built model, each contender in a process of its own; on a GPU,
@@ -21,7 +22,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,8 +36,6 @@ from ops.ms_deform_attn import available_backends, set_default_backend
 from structures import Batch, BatchSize, Images, Targets
 from tools import console
 
-TARGETS = 7
-"""In each image, the mean of COCO."""
 MATRIX = {"cpu": 3072, "cuda": 8192}
 """Side of the matrices whose product gives the rate of the floor."""
 Call = Callable[[], object]
@@ -65,14 +65,14 @@ class Dispatched(TorchDispatchMode):
         return sum(count for name, count in self.operations.items() if name in self.READS)
 
 
-def make_batch(size: tuple[int, int], images: int, device: str = "cpu") -> Batch:
-    """Random images, the second and all further ones smaller than the first, with random targets."""
+def make_batch(size: tuple[int, int], images: int, device: str = "cpu", targets: int = 7) -> Batch:
+    """Random images, the second and all further ones smaller than the first, each with as many random targets."""
     torch.manual_seed(0)
     height, width = size
     sizes = torch.tensor([size] + [(height * 15 // 16, width * 7 // 8)] * (images - 1))
-    boxes = torch.rand(TARGETS * images, 4) * 0.2 + 0.3
-    targets = Targets(torch.arange(TARGETS * images) % 5, boxes, (TARGETS,) * images, tuple(range(images)))
-    return Batch(Images(torch.randn(images, 3, *size), sizes), targets, torch.arange(images), sizes).to(device)
+    boxes = torch.rand(targets * images, 4) * 0.2 + 0.3
+    what = Targets(torch.arange(targets * images) % 5, boxes, (targets,) * images, tuple(range(images)))
+    return Batch(Images(torch.randn(images, 3, *size), sizes), what, torch.arange(images), sizes).to(device)
 
 
 def ours(cfg: config.Config, batch: Batch, infer: bool, dtype: str) -> Call:
@@ -150,20 +150,39 @@ def transformers(cfg: config.Config, batch: Batch, infer: bool, dtype: str) -> C
     return call
 
 
-def make(name: str, arguments: argparse.Namespace) -> Call:
-    """The call of a contender: a backend of the project's, transformers, or module:function with the same arguments."""
-    cfg = config.load(arguments.cfg, arguments.overrides)
-    batch = make_batch(tuple(arguments.size), arguments.batch, arguments.device)
-    if name in available_backends():
-        set_default_backend(name)
-        return ours(cfg, batch, arguments.infer, arguments.dtype)
-    made = transformers if name == "transformers" else console.named_function(name)
-    return made(cfg, batch, arguments.infer, arguments.dtype)
+class Contender(NamedTuple):
+    """What takes turns with others."""
+
+    cfg: str
+    by: str
+    """A backend of the project's op, transformers, or module:function."""
+
+    def make(self, arguments: argparse.Namespace) -> Call:
+        """Build the model; the result is one step or inference of it."""
+        cfg = config.load(self.cfg, arguments.overrides)
+        batch = make_batch(tuple(arguments.size), arguments.batch, arguments.device, arguments.targets)
+        if self.by in available_backends():
+            set_default_backend(self.by)
+            return ours(cfg, batch, arguments.infer, arguments.dtype)
+        made = transformers if self.by == "transformers" else console.named_function(self.by)
+        return made(cfg, batch, arguments.infer, arguments.dtype)
 
 
-def peak_mib(name: str, arguments: argparse.Namespace) -> float:
+def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
+    """All of them by name: by file where there are several, by what computes where there are several."""
+    files = arguments.cfg or ["configs/dino_r50_12ep.yaml"]
+    by = [*(arguments.backends or [arguments.device]), *arguments.peer]
+    found = {}
+    for cfg in files:
+        for one in by:
+            parts = [Path(cfg).stem] * (len(files) > 1) + [one] * (len(by) > 1 or len(files) == 1)
+            found[" ".join(parts)] = Contender(cfg, one)
+    return found
+
+
+def peak_mib(contender: Contender, arguments: argparse.Namespace) -> float:
     """Memory that two calls need beyond the built model."""
-    call = make(name, arguments)
+    call = contender.make(arguments)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if arguments.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -195,11 +214,14 @@ def product(arguments: argparse.Namespace) -> Call:
 def main() -> int:
     """The command line."""
     parser = frame.parser(__doc__)
-    parser.add_argument("--cfg", default="configs/dino_r50_12ep.yaml", help="YAML file (default %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the YAML file")
+    parser.add_argument(
+        "--cfg", action="append", help="YAML file; may be given several times (default configs/dino_r50_12ep.yaml)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the YAML files")
     parser.add_argument("--infer", action="store_true", help="inference instead of a training step")
     parser.add_argument("--size", type=int, nargs=2, default=[480, 640], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--targets", type=int, default=7, help="of each image (default: %(default)s, the mean of COCO)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: mixed precision")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -209,19 +231,19 @@ def main() -> int:
     )
     parser.add_argument("--busy", action="store_true", help="processor time instead of time, for a machine in use")
     arguments = parser.parse_args()
-    names = [*(arguments.backends or [arguments.device]), *arguments.peer]
-    for name in {*names} - {*available_backends(), "transformers"}:
+    found = contenders(arguments)
+    for name in {one.by for one in found.values()} - {*available_backends(), "transformers"}:
         console.named_function(name)  # before anything takes its time
     rows: dict[str, dict[str, Any]] = {}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name in names:
-            rows[name] = {"memory_mib": pool.apply(peak_mib, (name, arguments)), "seconds": float("inf")}
+        for name, one in found.items():
+            rows[name] = {"memory_mib": pool.apply(peak_mib, (one, arguments)), "seconds": float("inf")}
     multiply, fastest = product(arguments), float("inf")
-    calls = {name: make(name, arguments) for name in names}
+    calls = {name: one.make(arguments) for name, one in found.items()}
     for _ in range(arguments.rounds + 1):
         for name, call in calls.items():
-            if name in available_backends():
-                set_default_backend(name)
+            if found[name].by in available_backends():
+                set_default_backend(found[name].by)
             taken = seconds(call, arguments)
             if "operations" not in rows[name]:  # the first call warms up, the second is counted, others are timed
                 with FlopCounterMode(display=False) as multiplied, Dispatched() as seen:
@@ -232,7 +254,7 @@ def main() -> int:
                 rows[name]["seconds"] = min(rows[name]["seconds"], taken)
         fastest = min(fastest, seconds(multiply, arguments))
     rate = 2 * MATRIX[arguments.device] ** 3 / fastest / 1e9
-    first = rows[names[-1]]["seconds"]
+    first = rows[name]["seconds"]
     print(f"multiplying matrices of {MATRIX[arguments.device]}: {rate:.0f} GFLOP/s")
     print(f"{'':24} operations  reads   seconds  of the last   GFLOP  times their floor   memory beyond the model")
     for name, row in rows.items():
