@@ -233,7 +233,7 @@ def run(args: argparse.Namespace) -> None:
         for subject, result in zip(subjects, results, strict=True)
     ]
     content = {
-        "checkpoints": [{"path": str(p), **as_json(r)} for p, r in zip(args.resume, reports, strict=True)],
+        "checkpoints": [{"path": str(p.resolve()), **as_json(r)} for p, r in zip(args.resume, reports, strict=True)],
         "threshold": args.threshold,
     }
     (args.out / "analysis.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
