@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
+from torchvision.ops import batched_nms
 
 from analysis.average_precision import average_precision, best_of_each_class, match_dataset
 from analysis.matching import Floats, ImageDetections, ImageObjects, Integers, match_image, pairwise_iou
+
+NMS_IOU = 0.7
+"""As detectors that need it commonly have it."""
 
 
 class OracleGap(NamedTuple):
@@ -25,6 +30,8 @@ class OracleGap(NamedTuple):
     others keep theirs. What perfectly aligned scores can gain: they would also put the better box first."""
     matched_by_iou_others_below: float
     """Moreover with all other detections ranked below: what remains is missing or badly placed boxes."""
+    after_nms: float
+    """With non-maximum suppression within each class at IoU ``NMS_IOU``: what repeats of an object cost."""
 
 
 def best_matches(objects: ImageObjects, detections: ImageDetections) -> tuple[Integers, Floats]:
@@ -69,6 +76,13 @@ def rescored(
     return detections._replace(scores=np.where(matched >= 0, overlap, others))
 
 
+def suppressed(detections: ImageDetections) -> ImageDetections:
+    """Those that non-maximum suppression leaves."""
+    boxes, scores, labels = map(torch.from_numpy, (detections.boxes_xyxy, detections.scores, detections.labels))
+    kept = batched_nms(boxes, scores, labels, NMS_IOU).numpy()
+    return ImageDetections(*(part[kept] for part in detections))
+
+
 def oracle_gap(objects: Sequence[ImageObjects], detections: Sequence[ImageDetections], num_classes: int) -> OracleGap:
     """AP of the detections of all images with their own scores and with better ones."""
     by_score, by_iou, others_below = [], [], []
@@ -78,5 +92,5 @@ def oracle_gap(objects: Sequence[ImageObjects], detections: Sequence[ImageDetect
         best = best_matches(truth, found)
         by_iou.append(rescored(found, *best))
         others_below.append(rescored(found, *best, suppress=True))
-    versions = (detections, by_score, by_iou, others_below)
+    versions = (detections, by_score, by_iou, others_below, [suppressed(found) for found in detections])
     return OracleGap(*(100 * average_precision(match_dataset(objects, found, num_classes)) for found in versions))

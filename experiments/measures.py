@@ -59,4 +59,5 @@ def _measures(entry: Any) -> dict[str, float | None]:
         "calibration": confident and confident["calibration_error"],
     }
     percent = {name: None if value is None else 100 * value for name, value in shares.items()}
-    return {**percent, "aligned AP": oracle["matched_by_iou"], "duplicates": entry["errors"]["cost"]["duplicate"]}
+    others = {"aligned AP": oracle["matched_by_iou"], "AP after NMS": oracle["after_nms"]}
+    return {**percent, **others, "duplicates": entry["errors"]["cost"]["duplicate"]}

@@ -20,7 +20,11 @@ def objects(*boxes, labels=None) -> ImageObjects:
 def detections(*rows) -> ImageDetections:
     """(score, label, height): boxes from the top of the object, whose IoU is height / 100."""
     boxes = [[0.0, 0.0, 100.0, height] for _, _, height in rows]
-    return ImageDetections(np.array([r[0] for r in rows]), np.array([r[1] for r in rows]), np.array(boxes))
+    return ImageDetections(
+        np.array([r[0] for r in rows]),
+        np.array([r[1] for r in rows], dtype=np.int64),
+        np.array(boxes, dtype=np.float64).reshape(-1, 4),
+    )
 
 
 def test_a_confident_bad_box_before_a_good_one():
@@ -44,6 +48,20 @@ def test_rescoring_what_evaluation_matches_helps_against_false_ones():
     assert gap.matched_by_score == pytest.approx(100 * 9 / 10)
 
 
+def test_what_repeats_cost():
+    # The repeat comes second of three: precision 1 up to recall 1/2, then 2/3. Right at 9 thresholds.
+    found = [detections((0.9, 0, 92), (0.8, 0, 80)), detections((0.5, 0, 92))]
+    gap = oracle_gap([objects(BOX)] * 2, found, 1)
+    assert gap.as_is == pytest.approx(90 * (51 + 50 * 2 / 3) / 101)
+    assert gap.after_nms == pytest.approx(90)
+    # One of another class, or that overlaps less, is no repeat.
+    found[0] = detections((0.9, 0, 92), (0.8, 1, 80), (0.7, 0, 60))
+    classes = objects(BOX, BOX, labels=[0, 1])
+    gap = oracle_gap([classes, objects(BOX)], found, 2)
+    assert gap.after_nms == pytest.approx(gap.as_is)
+    assert oracle_gap([objects(BOX)], [detections()], 1).after_nms == 0
+
+
 def test_evaluation_takes_the_confident_box_and_the_best_match_the_better_one():
     found = detections((0.9, 0, 62), (0.5, 0, 100), (0.4, 0, 30))
     matched, iou = matches_of_evaluation(objects(BOX), found)
@@ -58,7 +76,7 @@ def test_a_confident_false_one_remains_unless_it_is_suppressed():
     # IoU 0.7 counts at 5 of 10 thresholds; rescored to 0.7 it comes after the false one with 0.9.
     found = detections((0.95, 0, 70), (0.9, 0, 0))
     gap = oracle_gap([objects(BOX)], [found], 1)
-    assert gap == pytest.approx((50, 25, 25, 50))
+    assert gap == pytest.approx((50, 25, 25, 50, 50))
 
 
 def test_matches_are_one_to_one_within_a_class():

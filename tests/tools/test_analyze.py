@@ -127,6 +127,7 @@ def test_sweep_compare_and_analyze(swept, monkeypatch, capsys):
         best = entry["best_regressed"]
         assert float(row["recall 2N"]) == pytest.approx(100 * best["recall"]["2N"]["IoU>=0"], abs=0.005)
         assert float(row["N within 0.02"]) == pytest.approx(100 * best["recall_within_0.02"]["N"], abs=0.005)
+        assert float(row["AP after NMS"]) == pytest.approx(entry["oracle"]["after_nms"], abs=0.005)
         assert best["recall_within_0.02"]["N"] >= best["recall"]["N"]["IoU>=0"]
         assert float(row["calibration"]) == pytest.approx(
             100 * entry["misalignment"]["most_confident"]["calibration_error"], abs=0.005
