@@ -173,9 +173,8 @@ def _keys(images: NDArray[np.int64], labels: NDArray[np.int64], boxes: NDArray[n
 def _repetitions(block: CleanBoxes, usable: NDArray[np.int64]) -> list[int]:
     """Those of the usable boxes that stand in the same image with the same label a second time or more often."""
     keys = block.keys[usable]
-    order = np.argsort(keys, kind="stable")
-    same = keys[order[1:]] == keys[order[:-1]]
-    suspects = np.unique(np.concatenate([order[1:][same], order[:-1][same]]))
+    ascending = np.sort(keys)  # several times as fast as argsort, and most files repeat nothing
+    suspects = np.flatnonzero(np.isin(keys, ascending[1:][ascending[1:] == ascending[:-1]]))
     seen: set[tuple[float, ...]] = set()
     again = []
     for place in usable[suspects].tolist():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import losses.binary
@@ -25,3 +27,14 @@ def test_operations_of_a_dino_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1000 < seen.operations.total() <= MOST
     # Nothing is read number by number: the matching costs are copied as a whole, the norm of the gradient on its way.
     assert seen.reads == 0
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_multiplications_are_those_that_pytorch_counts(gradients):
+    model = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).train(gradients)
+    rows = torch.randn(2, 5, 8)
+    with FlopCounterMode(display=False) as theirs:
+        model(rows).sum().backward() if gradients else model(rows)
+    with Dispatched() as ours, torch.inference_mode(not gradients):
+        model(rows).sum().backward() if gradients else model(rows)
+    assert ours.flops == theirs.get_total_flops() > 0
