@@ -24,9 +24,10 @@ class MLP(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., input_dim] → [..., output_dim]."""
+        shape, features = features.shape[:-1], features.flatten(0, -2)  # in rows: what follows in place is no view
         for layer in self.layers[:-1]:
-            features = F.relu(layer(features))
-        return self.layers[-1](features)
+            features = F.relu_(layer(features))
+        return self.layers[-1](features).view(*shape, -1)
 
 
 class FeedForward(nn.Module):
@@ -38,7 +39,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.expand = nn.Linear(embed_dim, hidden_dim)
         self.contract = nn.Linear(hidden_dim, embed_dim)
-        self.activation = nn.ReLU() if activation is None else activation
+        self.activation = nn.ReLU(inplace=True) if activation is None else activation
         self.norm = nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)
         for layer in (self.expand, self.contract):
@@ -46,8 +47,9 @@ class FeedForward(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., embed_dim] → [..., embed_dim]."""
-        hidden = self.dropout(self.activation(self.expand(features)))
-        return self.norm(features + self.dropout(self.contract(hidden)))
+        # In rows, so that what follows in place is no view; a linear layer's gradients do not need its output.
+        hidden = self.dropout(self.activation(self.expand(features.flatten(0, -2))))
+        return self.norm(features + self.dropout(self.contract(hidden)).view_as(features))
 
 
 class EncoderLayer(nn.Module):
