@@ -68,8 +68,8 @@ test-all: $(BIN)/.installed
 
 # What somebody who changes a loss, a matcher or a detector wants to know every few minutes.
 test-fast: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" tests/losses tests/matchers tests/models \
-		tests/test_layout.py tests/test_structures.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not thorough" \
+		--ignore-glob '*/test_backbone*' tests/losses tests/matchers tests/models tests/test_layout.py tests/test_structures.py
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .
