@@ -144,9 +144,10 @@ def load(path: Path) -> Loaded:
         raise CheckpointError(
             f"{path}: not a checkpoint of this program (for its weights only: --init-from){_usable_beside(path)}"
         )
-    if type(state["format"]) is not int or state["format"] != FORMAT:
+    found = state["format"] if type(state["format"]) is int else type(state["format"]).__name__
+    if found != FORMAT:
         raise CheckpointError(
-            f"{path}: has checkpoint format {state['format']}, this program reads {FORMAT}{_usable_beside(path)}"
+            f"{path}: has checkpoint format {found}, this program reads {FORMAT}{_usable_beside(path)}"
         )
     return Loaded(path, state)
 

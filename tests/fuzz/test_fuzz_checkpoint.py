@@ -107,7 +107,10 @@ def test_entries_changed(run: Path, trainer: Trainer, trainer_state: dict[str, A
     check(path, trainer.load_state_dict)
 
 
-@pytest.mark.parametrize(("key", "value"), [("format", torch.zeros(0)), ("categories", [[1, torch.zeros(3, 3)]] * 3)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("format", torch.zeros(0)), ("format", torch.zeros(3, 3)), ("categories", [[1, torch.zeros(3, 3)]] * 3)],
+)
 def test_tensors_where_there_should_be_none(
     run: Path, trainer: Trainer, trainer_state: dict[str, Any], key: str, value: Any
 ) -> None:
