@@ -140,7 +140,10 @@ def _act(plan: Plan, args: argparse.Namespace) -> int:
     if args.list:
         print("".join(f"{shell_line(plan, run, launch)}\n" for run in missing), end="")
         return 0
-    if args.run is None:
+    chosen = [run for run in plan.runs if args.run in (None, run.name)]
+    if not chosen:
+        raise ValueError(f"--run {args.run}: {plan.out} has no such run (--dry-run shows them all)")
+    if args.run is None or read_manifest(plan.out) is None:  # elements of a job array leave it alone
         write_manifest(plan)
     if args.slurm:
         if not missing:
@@ -153,11 +156,8 @@ def _act(plan: Plan, args: argparse.Namespace) -> int:
     launcher = Launcher(plan, launch, lambda text: print(text, flush=True))
     if args.run is None:
         with claimed(plan):
-            code = launcher.run(plan.runs)
+            code = launcher.run(chosen)
     else:
-        chosen = [run for run in plan.runs if run.name == args.run]
-        if not chosen:
-            raise ValueError(f"--run {args.run}: {plan.out} has no such run (--dry-run shows them all)")
         code = launcher.run(chosen)
         if code > 128:
             queue_again()

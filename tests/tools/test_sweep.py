@@ -137,6 +137,10 @@ def test_one_run_alone(cfg, capsys, tmp_path, monkeypatch):
     assert "alpha=0.5 seed=1 output_dir=runs/a/alpha-0.5_seed-1 --resume auto" in (tmp_path / "said").read_text()
     assert sweep.main(["--out", "runs/a", "--run", "alpha-7"]) == 2
     assert "--run alpha-7: runs/a has no such run" in capsys.readouterr().err
+    assert sweep.main(["--cfg", cfg, *GRID, "--out", "runs/b", "--run", "alpha-7"]) == 2
+    assert not Path("runs/b").exists()
+    assert sweep.main(["--cfg", cfg, *GRID, "--out", "runs/b", "--run", "alpha-0.5_seed-1"]) == 1
+    assert len(read_manifest(Path("runs/b")).runs) == len(read_manifest(Path("runs/a")).runs) > 1
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
