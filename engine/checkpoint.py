@@ -146,9 +146,8 @@ def load(path: Path) -> Loaded:
         )
     found = state["format"] if type(state["format"]) is int else type(state["format"]).__name__
     if found != FORMAT:
-        raise CheckpointError(
-            f"{path}: has checkpoint format {found}, this program reads {FORMAT}{_usable_beside(path)}"
-        )
+        problem = f"has checkpoint format {found}, this program reads {FORMAT}"
+        raise CheckpointError(f"{path}: {problem}{_usable_beside(path)}")
     return Loaded(path, state)
 
 
