@@ -70,7 +70,7 @@ def read_coco_file(path: Path | str) -> CocoFile:
     if not path.is_file():
         raise FileNotFoundError(f"no annotation file {path}")
     collects = gc.isenabled()
-    gc.disable()  # a sixth of the time, for millions of tuples that refer to nothing
+    gc.disable()  # it would walk millions of tuples that refer to nothing, again and again
     try:
         with path.open("rb") as file:
             return _in_pieces(file, path)
