@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engine import distributed
 from engine.coco_metrics import STATISTICS, BoxMetrics, MetricBackend, box_metrics, read_ground_truth
+from engine.host_memory import Growth
 from engine.loaders import Loader
 from engine.whole_files import replacing
 from structures import Batch, Detections, Images
@@ -209,6 +210,7 @@ def evaluate(
     detector = cast("Evaluated", model.eval())
     evaluator.reset()
     precision = torch.autocast(device.type, dtype=amp_dtype) if amp_dtype is not None else nullcontext()
+    growth = Growth()
     try:
         with torch.inference_mode(), precision:
             for done, batch in enumerate(loader, start=1):
@@ -220,6 +222,7 @@ def evaluate(
                 evaluator.update(batch.image_ids, detections)
                 if on_batch is not None:
                     on_batch(done, batch, detections)
+                growth.end_step()
                 if give_up():
                     break
     finally:

@@ -1,7 +1,10 @@
-"""What a process keeps of memory that it no longer uses.
+"""What a process on the CPU keeps of memory that it no longer uses.
 
-Batches of many sizes leave holes in glibc's heap that the next batch, of another size, does not fill: after hundreds of
-steps a process holds several times what its largest batch needs, most of it free (docs/reliability.md has figures).
+glibc maps large blocks one by one, and unmaps them as soon as they are free. The next step then waits for the system to
+map and clear the same pages again: a sixth of an inference with ResNet-50 (docs/results.md). So free memory is kept.
+But batches of many sizes leave holes in the heap that the next batch, of another size, does not fill: after hundreds of
+steps a process would hold several times what its largest batch needs, most of it free (docs/reliability.md). So free
+memory is given back whenever the process has grown, and only then.
 """
 
 from __future__ import annotations
@@ -9,14 +12,15 @@ from __future__ import annotations
 import ctypes
 import os
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-TRIM_EVERY = 10
-"""Optimizer steps after which free memory is returned: stays near the need of one step, and hardly costs time."""
-
-MAPPED_BYTES = 4 * 2**20
-"""Blocks of this size and more are mapped on their own and leave no hole; smaller ones would cost many page faults."""
-_M_MMAP_THRESHOLD = -3
+GROWTH = 1.1
+"""How far a process may grow beyond what it held after a step without older free memory."""
+FIRST = 10
+"""Steps after which free memory is given back for the first time: the first ones also build caches and an optimizer."""
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_STATM = Path("/proc/self/statm")
 
 _trim: Any = None
 _mallopt: Any = None
@@ -24,18 +28,37 @@ with suppress(AttributeError, OSError, TypeError):  # another C library: macOS, 
     _trim, _mallopt = ctypes.CDLL(None).malloc_trim, ctypes.CDLL(None).mallopt
 
 
-def map_large_blocks() -> None:
-    """Have blocks of ``MAPPED_BYTES`` and more go back to the system as soon as they are free; glibc only.
+def keep_free_memory() -> None:
+    """Have the allocator keep what is freed, large blocks too; glibc only.
 
-    glibc maps large blocks anyway, but raises what it calls large, up to 32 MiB, with each that is freed. Who has set a
-    threshold in the environment keeps it.
+    Who has tuned the allocator in the environment (``MALLOC_MMAP_THRESHOLD_=1048576``, ``GLIBC_TUNABLES``) keeps that.
     """
-    said = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
-    if _trim is not None and not said:
-        _mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+    tuned = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if _trim is not None and not tuned:
+        _mallopt(_M_MMAP_MAX, 0)
+        _mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def return_free_memory() -> None:
-    """Give pages that hold nothing any more back to the system, also those between used ones; glibc only."""
-    if _trim is not None:
-        _trim(0)
+class Growth:
+    """Gives free memory back when the process holds ``GROWTH`` times what a step needs; glibc on Linux only.
+
+    What a step needs is the most that was held after a step that began without free memory. Where all batches are alike
+    that is soon found, and nothing is given back any more.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._need: int | None = None
+        self._fresh = False
+
+    def end_step(self) -> None:
+        """Called after each step of training or batch of an evaluation."""
+        self._steps += 1
+        if _trim is None or not _STATM.exists():
+            return
+        held = int(_STATM.read_text().split()[1])  # pages
+        if self._fresh:
+            self._need = max(self._need or 0, held)
+        self._fresh = held > GROWTH * self._need if self._need else self._steps >= FIRST
+        if self._fresh:
+            _trim(0)  # also the pages between used ones

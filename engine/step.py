@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from engine import distributed
+from engine.host_memory import keep_free_memory
 from structures import Batch, BatchSize, DetectorOutputs, Images, LossOutput, Targets
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -34,11 +35,13 @@ def configure_device(device: torch.device, *, tf32: bool = False, deterministic:
     """Set what is global to the process.
 
     Args:
-        device: of this process; the CPU is always made deterministic.
+        device: of this process; the CPU is always made deterministic, and keeps free memory (host_memory.py).
         tf32: whether fp32 matrix products on CUDA may round their inputs to TF32.
         deterministic: whether CUDA must give the same bits every time.
     """
     torch.backends.cuda.matmul.allow_tf32 = tf32
+    if device.type == "cpu":
+        keep_free_memory()
     if device.type == "cpu" or deterministic:
         # Warnings only: what has no deterministic form is not worth refusing to train. (use_deterministic_algorithms
         # would do the same, after seconds of importing the compiler.)

@@ -14,7 +14,7 @@ from engine import checkpoint, distributed
 from engine.averaging import AveragedWeights
 from engine.best import restored, updated
 from engine.dispensable import dispensable
-from engine.host_memory import TRIM_EVERY, map_large_blocks, return_free_memory
+from engine.host_memory import Growth
 from engine.loaders import TrainLoader
 from engine.optimizer import Schedule, load_optimizer_state, set_learning_rate
 from engine.pictures import draw_curves
@@ -175,7 +175,7 @@ class Trainer:
     def _run(self, stop: StopRequest, records: Records | None) -> Iterator[tuple[list[Batch], BatchSize]]:
         if self.step >= self.total_steps:
             log.info("step %d of %d: nothing is left to train", self.step, self.total_steps)
-        map_large_blocks()
+        growth = Growth()
         if self._evaluation_due():
             self._evaluate(stop, records)
         stream = self._stream()
@@ -193,8 +193,7 @@ class Trainer:
             self._taken.take(self.step, batches, size)
             self._progress.end_step(self.batch_size, time.perf_counter() - began, waited)
             self.step += 1
-            if self.step % TRIM_EVERY == 0:
-                return_free_memory()
+            growth.end_step()
             if self.step % self.config.log_every == 0 or self.step == self.total_steps:
                 self._record(records)
             if self._evaluation_due():

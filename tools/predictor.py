@@ -29,6 +29,7 @@ from datasets.collate import make_batch
 from datasets.images import read_image
 from datasets.transforms import ResizeExact, apply_transforms, final_size
 from engine import checkpoint, distributed
+from engine.host_memory import Growth
 from engine.inference import prepare_inference
 from engine.step import autocast
 from ops.ms_deform_attn import set_default_backend
@@ -91,6 +92,7 @@ class Predictor:
             torch.device(device) if device is not None else distributed.choose_device(self.config.trainer.device)
         )
         self.precision, self.remark = prepare_inference(self.model, self.config.trainer, self.device, "fp32")
+        self._growth = Growth()
 
     @property
     def class_names(self) -> list[str]:
@@ -138,6 +140,7 @@ class Predictor:
         batch = make_batch(samples, *data.pixel_statistics, data.pad_multiple).to(self.device)
         with torch.inference_mode(), autocast(self.device, self.precision):
             detections = self.model.postprocess(self.model(batch.images), batch.original_sizes)
+        self._growth.end_step()
         for found in detections:
             keep = found.scores >= threshold
             yield Detections(*(part[keep].cpu() for part in found))

@@ -1,4 +1,4 @@
-"""Memory that is free goes back to the system, wherever it lies."""
+"""Free memory is kept while a process holds what a step needs, and goes back when it has grown, wherever it lies."""
 
 import os
 import subprocess
@@ -10,51 +10,84 @@ import torch
 from engine import host_memory
 from engine.run_log import memory_gib
 
+needs_glibc = pytest.mark.skipif(host_memory._trim is None, reason="this C library has no malloc_trim")
 
-def test_holes_in_the_heap_are_returned() -> None:
-    if host_memory._trim is None:
-        pytest.skip("this C library has no malloc_trim")
-    host_memory.return_free_memory()
-    blocks = [bytearray(100_000) for _ in range(3000)]  # too small to be mapped on their own
+
+def held() -> float:
+    return memory_gib(torch.device("cpu"))
+
+
+@needs_glibc
+def test_holes_in_the_heap_are_returned_once_the_process_has_grown() -> None:
+    growth = host_memory.Growth()
+    for _ in range(host_memory.FIRST + 1):  # the last of them began without free memory: this is what a step needs
+        growth.end_step()
+    needed = held()
+    blocks = [bytearray(100_000) for _ in range(int(needed * 10_000))]  # as much again, too small to be mapped
     kept = blocks[::50]
-    held = memory_gib(torch.device("cpu"))
+    grown = held()
     del blocks
-    host_memory.return_free_memory()
-    returned = held - memory_gib(torch.device("cpu"))
-    assert returned > 0.2, "of 0.28 GiB, with used blocks in between"
-    assert len(kept) == 60
+    assert held() > grown - 0.1 * needed, "nothing goes back by itself: used blocks lie in between"
+    growth.end_step()
+    assert held() < needed * 1.15
+    assert len(kept) > 40
 
 
-HOLES = """
-import sys
+@needs_glibc
+def test_nothing_is_returned_where_steps_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    trims = []
+    monkeypatch.setattr(host_memory, "_trim", trims.append)
+    growth = host_memory.Growth()
+    for _ in range(50):
+        torch.zeros(2**20)
+        growth.end_step()
+    assert len(trims) == 1, "the first time alone, by which the need of a step is found"
+
+
+@needs_glibc
+def test_the_need_of_a_step_is_that_of_the_largest(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    trimmed: list[int] = []
+    statm = tmp_path / "statm"
+    monkeypatch.setattr(host_memory, "_STATM", statm)
+    monkeypatch.setattr(host_memory, "_trim", lambda _: trimmed.append(step))
+    growth = host_memory.Growth()
+    for step, pages in enumerate([100] * 10 + [50, 54, 56, 100, 109, 111, 105, 117]):  # noqa: B007
+        statm.write_text(f"9999 {pages} 0")
+        growth.end_step()
+    # 50 is needed at first; 56 is a tenth more, so that what follows, 100, is known to be needed
+    assert trimmed == [9, 12, 15, 17]
+
+
+KEPT = """
+import resource
 import torch
 from engine import host_memory
 from engine.run_log import memory_gib
-if sys.argv[1] == "mapped":
-    host_memory.map_large_blocks()
-bytearray(30 * 2**20)  # freed: from now on glibc takes blocks of up to that for small ones
-blocks = [torch.zeros(6 * 2**18) for _ in range(100)]
-kept, held = blocks[::10], memory_gib(torch.device("cpu"))
-del blocks
-print(held - memory_gib(torch.device("cpu")))
+host_memory.keep_free_memory()
+def held(): return memory_gib(torch.device("cpu"))
+torch.ones(10 * 2**20)
+before, faults = held(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(10 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
 """
 
 
-@pytest.mark.parametrize(("threshold", "environment", "least", "most"), [
-    ("mapped", {}, 0.5, 0.6),
-    ("dynamic", {}, -0.1, 0.1),
-    ("mapped", {"MALLOC_MMAP_THRESHOLD_": "30000000"}, -0.1, 0.1),
+@needs_glibc
+@pytest.mark.parametrize(("environment", "least", "most"), [
+    ({}, 0, 30_000),
+    ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, 90_000, 120_000),
+    ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576"}, 90_000, 120_000),
 ])  # fmt: skip
-def test_large_blocks_leave_no_holes(threshold: str, environment: dict[str, str], least: float, most: float) -> None:
-    """Of 0.59 GiB, a tenth stays in use; a process of its own, for the setting cannot be taken back."""
-    if host_memory._trim is None:
-        pytest.skip("this C library has no mallopt")
-    command = [sys.executable, "-c", HOLES, threshold]
+def test_large_blocks_are_not_asked_for_again(environment: dict[str, str], least: int, most: int) -> None:
+    """Ten blocks of 10,240 pages; a process of its own, for the setting cannot be taken back."""
+    command = [sys.executable, "-c", KEPT]
     ran = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
-    assert least < float(ran.stdout) < most
+    assert least <= int(ran.stdout) < most
 
 
 def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "_trim", None)
-    host_memory.return_free_memory()
-    host_memory.map_large_blocks()
+    host_memory.keep_free_memory()
+    for _ in range(host_memory.FIRST + 1):
+        host_memory.Growth().end_step()
