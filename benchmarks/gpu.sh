@@ -67,7 +67,7 @@ for part in $parts; do
     tuning)
         run 130 gpu-tuning "$python" -m benchmarks.tune_ms_deform_attn
         ;;
-    models)  # each backend is built twice, once in a process of its own that weighs it
+    models)  # each backend is built in a process of its own
         for dtype in float32 bfloat16; do
             run 45 "gpu-inference-$dtype" "$python" -m benchmarks.step --infer --size 800 1333 --batch 1 --rounds 10 \
                 --dtype $dtype --backends reference cuda --save "inference-dino-r50-$dtype-$name"

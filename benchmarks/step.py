@@ -5,9 +5,10 @@
     python -m benchmarks.step --cfg configs/quickstart.yaml --size 192 192 --batch 4 --backends reference cpu
     python -m benchmarks.step --cfg configs/shapes/detr.yaml --cfg configs/shapes/dino.yaml --size 64 64 --batch 16
 
-All contenders take turns in one run; a time is the best of the rounds, of the processor where --busy says so. Memory is
-the growth of the largest resident size over that of the built model, each contender in a process of its own; on a GPU,
-what was allocated at most. Operations are those that PyTorch dispatches, views left out: on a GPU each is a launch.
+All contenders take turns, each in a process of its own with its own allocator; a time is the best of the rounds, of
+the processor where --busy says so. Memory is the growth of the largest resident size over that of the built model; on
+a GPU, what was allocated at most. Operations are those that PyTorch dispatches, views left out: on a GPU each is a
+launch.
 The floor is the time that a call's multiplications (convolutions, linear layers, attention; not the sampling op) would
 take at the rate at which the same machine multiplies large matrices, measured in the same rounds.
 """
@@ -22,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 
 import config
 from benchmarks import frame
-from engine.step import OptimizerStep
+from engine.step import OptimizerStep, configure_device
 from ops.ms_deform_attn import available_backends, set_default_backend
 from structures import Batch, BatchSize, Images, Targets
 from tools import console
@@ -86,6 +88,7 @@ def make_batch(size: tuple[int, int], images: int, device: str = "cpu", targets:
 def ours(cfg: config.Config, batch: Batch, infer: bool, dtype: str) -> Call:
     """A step of this project: forward, matching, losses, backward, clipping and update."""
     device = batch.images.pixels.device
+    configure_device(device)
     torch.manual_seed(0)
     model = cfg.model.build(91, load_backbone=False).to(device)
     if infer:
@@ -188,17 +191,32 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
     return found
 
 
-def peak_mib(contender: Contender, arguments: argparse.Namespace) -> float:
-    """Memory that two calls need beyond the built model."""
-    call = contender.make(arguments)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if arguments.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    call()
-    call()
-    if arguments.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+class Turns:
+    """One contender in this process, called when it is its turn."""
+
+    call: Call
+
+    @classmethod
+    def begin(cls, contender: Contender, arguments: argparse.Namespace) -> dict[str, Any]:
+        """Build it, and measure the memory and the operations of its first calls."""
+        cls.call = contender.make(arguments)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if arguments.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        cls.call()
+        cls.call()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+        if arguments.device == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**20
+        with Dispatched() as seen:
+            cls.call()
+        operations = {"operations": seen.operations.total(), "reads": seen.reads, "gflop": seen.flops / 1e9}
+        return {"memory_mib": memory, "seconds": float("inf"), **operations}
+
+    @classmethod
+    def take(cls, arguments: argparse.Namespace) -> float:
+        """Time its next call."""
+        return seconds(cls.call, arguments)
 
 
 def seconds(call: Call, arguments: argparse.Namespace) -> float:
@@ -243,30 +261,23 @@ def main() -> int:
     for name in {one.by for one in found.values()} - {*available_backends(), "transformers"}:
         console.named_function(name)  # before anything takes its time
     rows: dict[str, dict[str, Any]] = {}
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name, one in found.items():
-            rows[name] = {"memory_mib": pool.apply(peak_mib, (one, arguments)), "seconds": float("inf")}
     multiply, fastest = product(arguments), float("inf")
-    calls = {name: one.make(arguments) for name, one in found.items()}
-    for _ in range(arguments.rounds + 1):
-        for name, call in calls.items():
-            if found[name].by in available_backends():
-                set_default_backend(found[name].by)
-            taken = seconds(call, arguments)
-            if "operations" not in rows[name]:  # the first call warms up, the second is counted, others are timed
-                with Dispatched() as seen:
-                    call()
-                rows[name] |= {"operations": seen.operations.total(), "reads": seen.reads, "gflop": seen.flops / 1e9}
-            else:
-                rows[name]["seconds"] = min(rows[name]["seconds"], taken)
-        fastest = min(fastest, seconds(multiply, arguments))
+    spawn = multiprocessing.get_context("spawn")
+    with ExitStack() as running:
+        processes = {name: running.enter_context(spawn.Pool(1)) for name in found}
+        for name, process in processes.items():
+            rows[name] = process.apply(Turns.begin, (found[name], arguments))
+        for _ in range(arguments.rounds):
+            for name, process in processes.items():
+                rows[name]["seconds"] = min(rows[name]["seconds"], process.apply(Turns.take, (arguments,)))
+            fastest = min(fastest, seconds(multiply, arguments))
     rate = 2 * MATRIX[arguments.device] ** 3 / fastest / 1e9
-    first = rows[name]["seconds"]
+    last = rows[name]["seconds"]
     print(f"multiplying matrices of {MATRIX[arguments.device]}: {rate:.0f} GFLOP/s")
     print(f"{'':24} operations  reads   seconds  of the last   GFLOP  times their floor   memory beyond the model")
     for name, row in rows.items():
         print(
-            f"{name:24} {row['operations']:10d} {row['reads']:6d} {row['seconds']:9.3f} {first / row['seconds']:11.2f}x"
+            f"{name:24} {row['operations']:10d} {row['reads']:6d} {row['seconds']:9.3f} {last / row['seconds']:11.2f}x"
             f" {row['gflop']:8.0f} {row['seconds'] * rate / row['gflop']:17.2f}x {row['memory_mib']:15.0f} MiB"
         )
     frame.save(
