@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -182,7 +182,23 @@ class _Images(NamedTuple):
     names: list[str]
 
 
-def _read_images(entries: Iterable[ImageEntry], path: Path | str, report: CleaningReport) -> _Images:
+def _plain_images(entries: Sequence[ImageEntry]) -> _Images | None:
+    """All of them, column by column, or None where one of them is odd: of millions, a few seconds sooner."""
+    ids, names = [entry.id for entry in entries], [entry.file_name for entry in entries]
+    sides = [entry.height for entry in entries], [entry.width for entry in entries]
+    if {*map(type, ids), *map(type, sides[0]), *map(type, sides[1])} != {int} or {*map(type, names)} != {str}:
+        return None
+    if len(set(ids)) < len(ids) or len(set(names)) < len(names) or not all(names) or not "".join(names).isascii():
+        return None
+    if min(ids) <= -(2**53) or max(ids) >= 2**53 or min(map(min, sides)) <= 0 or max(map(max, sides)) >= 2**31:
+        return None
+    sorted_ids, order = np.unique(np.array(ids, dtype=np.int64), return_index=True)
+    return _Images(sorted_ids, np.array(sides, dtype=np.int64).T[order], [names[place] for place in order])
+
+
+def _read_images(entries: Sequence[ImageEntry], path: Path | str, report: CleaningReport) -> _Images:
+    if (plain := _plain_images(entries)) is not None:
+        return plain
     names: dict[int, str] = {}
     sizes: dict[int, tuple[int, int]] = {}
     ids_of: dict[str, int] = {}
