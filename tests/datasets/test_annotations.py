@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datasets import annotations as annotation_reader
 from datasets.annotations import (
     MAX_EXAMPLES,
     Category,
@@ -387,3 +388,42 @@ def test_doubtful_categories_and_files_are_reported():
         "2 x category that shares its name with another, kept apart by its id (category 0: RBC, category 1: RBC)",
         "1 x file listed as two images, each with its own boxes (1.jpg: images 1 and 2)",
     ]
+
+
+ODD_IMAGES = {
+    "plain": {},
+    "id missing": {"id": None},
+    "id as 7.0": {"id": 7.0},
+    "id listed twice": {"id": 3},
+    "file listed twice": {"file_name": "b.jpg"},
+    "no name": {"file_name": ""},
+    "name that is a number": {"file_name": 5},
+    "name in another script": {"file_name": "写真.jpg"},
+    "half a letter": {"file_name": "\ud800.jpg"},
+    "height missing": {"height": None},
+    "height as 480.0": {"height": 480.0},
+    "width of zero": {"width": 0},
+    "width of 32 bits": {"width": 2**31},
+}
+
+
+@pytest.mark.parametrize("change", ODD_IMAGES.values(), ids=ODD_IMAGES.keys())
+def test_images_are_read_alike_one_by_one_and_by_columns(change, monkeypatch):
+    listed = [{"id": 9, "file_name": "a.jpg", "height": 480, "width": 640, **change}]
+    listed += [
+        {"id": number, "file_name": name, "height": 4, "width": 5} for number, name in ((3, "b.jpg"), (12, "c.jpg"))
+    ]
+    content = from_content({"images": listed, "annotations": [], "categories": [{"id": 1, "name": "x"}]}, "f")
+    assert (annotation_reader._plain_images(content.images) is None) == bool(change)
+
+    def read():
+        report = annotation_reader.CleaningReport()
+        try:
+            images = annotation_reader._read_images(content.images, "f", report)
+        except ValueError as error:
+            return str(error)
+        return images.ids.tolist(), images.sizes.tolist(), images.names, report.counts
+
+    by_columns = read()
+    monkeypatch.setattr(annotation_reader, "_plain_images", lambda entries: None)
+    assert by_columns == read()
