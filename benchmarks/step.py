@@ -8,9 +8,8 @@
 All contenders take turns, each in a process of its own with its own allocator; a time is the best of the rounds, of
 the processor where --busy says so. Memory is the growth of the largest resident size over that of the built model; on
 a GPU, what was allocated at most. Operations are those that PyTorch dispatches, views left out: on a GPU each is a
-launch.
-The floor is the time that a call's multiplications (convolutions, linear layers, attention; not the sampling op) would
-take at the rate at which the same machine multiplies large matrices, measured in the same rounds.
+launch. The floor is the time that a call's multiplications (convolutions, linear layers, attention; not the sampling
+op) would take at the rate at which the same machine multiplies large matrices, measured in the same rounds.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from engine.host_memory import keep_free_memory
 from engine.step import Precision
 from engine.trainer_config import TrainerConfig
 
@@ -26,8 +25,6 @@ def prepare_inference(
         ``config.inference_precision``, or else ``default``; and what a user should know of it.
     """
     precision = config.inference_precision or default
-    if device.type == "cpu":
-        keep_free_memory()
     if device.type == "cpu" and precision == "bf16":
         model.backbone.set_channels_last()  # 16-bit convolutions of CPUs expect it
     model.to(device)

@@ -29,7 +29,7 @@ from datasets.collate import make_batch
 from datasets.images import read_image
 from datasets.transforms import ResizeExact, apply_transforms, final_size
 from engine import checkpoint, distributed
-from engine.host_memory import Growth
+from engine.host_memory import Growth, keep_free_memory
 from engine.inference import prepare_inference
 from engine.step import autocast
 from ops.ms_deform_attn import set_default_backend
@@ -92,6 +92,8 @@ class Predictor:
             torch.device(device) if device is not None else distributed.choose_device(self.config.trainer.device)
         )
         self.precision, self.remark = prepare_inference(self.model, self.config.trainer, self.device, "fp32")
+        if self.device.type == "cpu":
+            keep_free_memory()
         self._growth = Growth()
 
     @property

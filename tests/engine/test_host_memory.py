@@ -49,13 +49,13 @@ def test_the_need_of_a_step_is_that_of_the_largest(monkeypatch: pytest.MonkeyPat
     trimmed: list[int] = []
     statm = tmp_path / "statm"
     monkeypatch.setattr(host_memory, "_STATM", statm)
-    monkeypatch.setattr(host_memory, "_trim", lambda _: trimmed.append(step))
+    monkeypatch.setattr(host_memory, "_trim", lambda _: trimmed.append(pages))
     growth = host_memory.Growth()
-    for step, pages in enumerate([100] * 10 + [50, 54, 56, 100, 109, 111, 105, 117]):  # noqa: B007
+    for pages in [*range(81, 91), 50, 54, 56, 100, 109, 111, 105, 117]:
         statm.write_text(f"9999 {pages} 0")
         growth.end_step()
     # 50 is needed at first; 56 is a tenth more, so that what follows, 100, is known to be needed
-    assert trimmed == [9, 12, 15, 17]
+    assert trimmed == [90, 56, 111, 117]
 
 
 KEPT = """
@@ -87,5 +87,6 @@ def test_large_blocks_are_not_asked_for_again(environment: dict[str, str], least
 def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "_trim", None)
     host_memory.keep_free_memory()
+    growth = host_memory.Growth()
     for _ in range(host_memory.FIRST + 1):
-        host_memory.Growth().end_step()
+        growth.end_step()
