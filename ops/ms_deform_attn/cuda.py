@@ -171,10 +171,14 @@ def backward(
         gradients["scale"] = _fixed_point_scale(grad_output, None if valid_sizes is not None else weights, samples)
     call.run(plan, grad_output=_aligned(grad_output.to(value.dtype)), **gradients)
     grad_value = gradients["grad_value"]
-    if "scale" in gradients:
-        sums = grad_value.unflatten(3, (signature.vector, -1)).mT  # from the order of csrc/backward.cuh
-        grad_value = torch.empty(sums.shape, device=sums.device)
-        torch.mul(sums, gradients["scale"].reciprocal(), out=grad_value)  # of a power of two: rounded once, to float32
+    together = 1 if deterministic else min(signature.vector, 4)
+    if "scale" in gradients or together < signature.vector:  # from the order of csrc/backward.cuh, while the type changes anyway
+        sums = grad_value.unflatten(3, (signature.vector // together, -1, together)).transpose(3, 4)
+        grad_value = torch.empty(sums.shape, dtype=torch.float32 if deterministic else value.dtype, device=value.device)
+        if "scale" in gradients:
+            torch.mul(sums, gradients["scale"].reciprocal(), out=grad_value)  # of a power of two: rounded once, to float32
+        else:
+            grad_value.copy_(sums)
         grad_value = grad_value.view(value.shape)
     grad_reference = gradients.get("grad_reference")
     if grad_reference is not None and reference is not None:

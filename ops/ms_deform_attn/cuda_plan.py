@@ -26,7 +26,8 @@ Tiles = tuple[tuple[int, int], ...]
 TILES: Tiles = ((16, 8), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))
 """Width and height in queries of a block's tile, largest first."""
 SORTED_BLOCKS = 3
-"""At most so many blocks a multiprocessor are to have registers: 80 for each of 256 threads."""
+"""At most so many blocks a multiprocessor are to have registers: 80 for each of 256 threads. On an H100, float32 without
+determinism is faster with four, and tiles that leave shared memory for them."""
 PLAIN_SHARED_BYTES = 48 * 1024
 RESERVED_SHARED_BYTES = 1024
 """Of each block, for the system."""
@@ -56,6 +57,11 @@ class Signature(NamedTuple):
         """Channels that a lane reads at a time."""
         return math.gcd(self.channels, 4 if self.value_type == 0 else 8)
 
+    @property
+    def lanes(self) -> int:
+        """That read a row, a power of two."""
+        return min(1 << (self.channels // self.vector - 1).bit_length(), 32)
+
 
 class Plan(NamedTuple):
     """A kernel and how to launch it."""
@@ -77,12 +83,12 @@ class Plan(NamedTuple):
 @functools.cache
 def forward_plan(signature: Signature, tiles: Tiles | None = None, threads: int | None = None) -> Plan:
     """The forward: the first tile whose samples fit into the shared memory that every architecture has, or the last."""
-    for width, height in tiles or (TILES if signature.tiled else TILES[2:]):
+    for width, height in tiles or TILES[1 if signature.tiled else 3 :]:
         shared = _forward_bytes(signature, width * height)
         if shared <= PLAIN_SHARED_BYTES:
             break
     extra = (("DETERMINISTIC", "0"),)
-    threads = threads or (512 if width * height > 64 else 256)
+    threads = threads or (32 * min(max(signature.lanes, 4), 8) if signature.tiled else 128)
     return _plan("forward.cu", signature, (width, height), signature.tiled, threads, shared, 1024 // threads, extra)
 
 
@@ -93,20 +99,22 @@ def backward_plan(
     deterministic: bool,
     tiles: Tiles | None = None,
     warps: int | None = None,
-    blocks: int = SORTED_BLOCKS,
+    blocks: int | None = None,
 ) -> Plan:
     """The backward: with sorted taps if they fit into ``shared_limit`` bytes of shared memory, if possible twice."""
     if signature.tiled:
         warps_sorted = warps or min(2 * max(signature.levels, 2), 16)
+        many = signature.value_type == 0 and not deterministic
+        blocks = blocks or SORTED_BLOCKS + many
         for limit in (shared_limit // 2 - RESERVED_SHARED_BYTES, shared_limit):
-            for tile in tiles or TILES[1:4]:
+            for tile in tiles or TILES[1 + many : 4]:
                 shared = _backward_bytes(signature, tile, warps_sorted)
                 if shared <= limit and tile[0] * tile[1] * signature.levels * signature.points <= MAX_SORTED_SAMPLES:
                     fitting = max((shared_limit + RESERVED_SHARED_BYTES) // (shared + RESERVED_SHARED_BYTES), 1)
-                    together = min(blocks - deterministic, fitting, 1024 // (32 * warps_sorted))
+                    together = min(blocks, fitting, 1024 // (32 * warps_sorted))
                     return _backward_plan(signature, deterministic, tile, True, warps_sorted, shared, together)
     warps = warps or 4
-    for tile in tiles or TILES[2:]:
+    for tile in tiles or TILES[4:]:
         shared = _backward_bytes(signature, tile, 0)
         if shared <= PLAIN_SHARED_BYTES:
             break
@@ -127,8 +135,7 @@ def _backward_bytes(signature: Signature, tile: tuple[int, int], sorting_warps: 
     rows = (queries + (sorting_warps > 0)) * signature.channels * item
     tables = signature.levels * (level_samples + (8 if sorting_warps else 0))
     dots = -(-tables // 32) * 32 if sorting_warps else tables + 8
-    lanes = signature.channels // signature.vector
-    groups = 32 // min(1 << (lanes - 1).bit_length(), 32)
+    groups = 32 // signature.lanes
     entries = groups * -(-level_samples // (4 * groups)) * 4
     lists = sorting_warps * entries * 8
     small = 16 * signature.levels + (sorting_warps * 64 * 4 or 4 * queries)

@@ -45,7 +45,7 @@ def main() -> None:
     assert (seen.retained, seen.loaded, seen.launches) == (1, 1, 2)  # context and module are kept
     assert seen.current == 0xC000 + 41
     assert seen.name == b"ms_deform_attn_backward"
-    assert (seen.largest_shared, seen.carve_out) == (plan.shared_bytes, 85)  # per cent of 228 KiB, for three blocks
+    assert (seen.largest_shared, seen.carve_out) == (plan.shared_bytes, 61)  # per cent of 228 KiB, for four blocks
     assert seen.capture_mode == 0  # GLOBAL again, in which the driver refuses to load
     assert (list(seen.grid), list(seen.block)) == ([blocks, 1, 1], [plan.threads, 1, 1])
     assert (seen.shared, seen.stream, seen.extra) == (plan.shared_bytes, 0x57, 0)

@@ -75,15 +75,17 @@ __device__ inline int64 first_element(const Problem& p, const Block& block) {
   return (block.image * p.pixels * HEADS + block.head) * CHANNELS;
 }
 
-// Where a channel's sum lies in its row. In the deterministic order all lanes' first channels come first, then all their
-// second: neighbouring lanes add to neighbouring numbers.
-__device__ inline unsigned place_of_sum(unsigned channel) { return DETERMINISTIC ? channel / VECTOR : channel; }
+// Sums of a lane that go to memory at once.
+constexpr int SUMS = DETERMINISTIC ? 1 : VECTOR < 4 ? VECTOR : 4;
+
+// Where a lane's sums begin in their row, given the first one's channel. All lanes' first SUMS come first, then all their next:
+// neighbouring lanes add to neighbouring numbers, and no sector of memory is added to twice.
+__device__ inline unsigned place_of_sum(unsigned channel) { return channel / VECTOR * SUMS; }
 
 // Adds a lane's VECTOR sums to memory, the first to to.
 __device__ inline void add_sums(sum_t* to, const float* sums, float scale) {
-  constexpr int step = DETERMINISTIC ? 1 : VECTOR < 4 ? VECTOR : 4;
 #pragma unroll
-  for (int c = 0; c < VECTOR; c += step) add_shared_by_blocks<step>(to + (DETERMINISTIC ? c * VECTORS : c), sums + c, scale);
+  for (int c = 0; c < VECTOR; c += SUMS) add_shared_by_blocks<SUMS>(to + c * VECTORS, sums + c, scale);
 }
 
 // The cells of a sample's taps, by parity; the highest bit of those that do not exist.

@@ -96,8 +96,9 @@ __device__ inline void add_turned(bool is, sum_t* to, unsigned channel, const fl
     const float turned[4] = {upper ? d : pairs[0], upper ? e : pairs[1], upper ? pairs[2] : d, upper ? pairs[3] : e};
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      const int step = (m - static_cast<int>(lane)) * VECTOR + c + static_cast<int>(lane);
-      if (is && channel + step < CHANNELS) add_shared_by_blocks<1>(to + step, turned + m, scale);
+      const int lanes = m - static_cast<int>(lane), own = static_cast<int>(lane);
+      const bool used = channel + lanes * VECTOR + c + own < CHANNELS;
+      if (is && used) add_shared_by_blocks<1>(to + lanes * SUMS + c * VECTORS + own, turned + m, scale);
     }
   }
 }
