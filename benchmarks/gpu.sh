@@ -39,7 +39,7 @@ has() {
 
 one_test="tests/ops/test_ms_deform_attn_gpu.py::test_gpu_matches_the_reference[32-2-True-False-dtype0]"
 metrics=l1tex__data_pipe_lsu_wavefronts.sum,l1tex__t_sector_hit_rate.pct,lts__t_sectors_op_read.sum,lts__t_sectors_op_red.sum
-metrics=$metrics,sm__warps_active.avg.pct_of_peak_sustained_active,smsp__issue_active.avg.pct,smsp__inst_executed.sum
+metrics=$metrics,sm__warps_active.avg.pct_of_peak_sustained_active,smsp__issue_active.avg.pct_of_peak_sustained_active,smsp__inst_executed.sum
 metrics=$metrics,launch__occupancy_per_shared_mem_size,gpu__time_duration.sum
 
 for part in $parts; do

@@ -172,11 +172,12 @@ def backward(
     call.run(plan, grad_output=_aligned(grad_output.to(value.dtype)), **gradients)
     grad_value = gradients["grad_value"]
     together = 1 if deterministic else min(signature.vector, 4)
-    if "scale" in gradients or together < signature.vector:  # from the order of csrc/backward.cuh, while the type changes anyway
+    if "scale" in gradients or together < signature.vector:
+        # From the order of csrc/backward.cuh, while the type changes anyway.
         sums = grad_value.unflatten(3, (signature.vector // together, -1, together)).transpose(3, 4)
         grad_value = torch.empty(sums.shape, dtype=torch.float32 if deterministic else value.dtype, device=value.device)
-        if "scale" in gradients:
-            torch.mul(sums, gradients["scale"].reciprocal(), out=grad_value)  # of a power of two: rounded once, to float32
+        if "scale" in gradients:  # a power of two: rounded once, to float32
+            torch.mul(sums, gradients["scale"].reciprocal(), out=grad_value)
         else:
             grad_value.copy_(sums)
         grad_value = grad_value.view(value.shape)

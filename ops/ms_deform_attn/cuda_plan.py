@@ -26,8 +26,8 @@ Tiles = tuple[tuple[int, int], ...]
 TILES: Tiles = ((16, 8), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))
 """Width and height in queries of a block's tile, largest first."""
 SORTED_BLOCKS = 3
-"""At most so many blocks a multiprocessor are to have registers: 80 for each of 256 threads. On an H100, float32 without
-determinism is faster with four, and tiles that leave shared memory for them."""
+"""At most so many blocks a multiprocessor are to have registers: 80 for each of 256 threads. On an H100, float32
+without determinism is faster with four, and tiles that leave shared memory for them."""
 PLAIN_SHARED_BYTES = 48 * 1024
 RESERVED_SHARED_BYTES = 1024
 """Of each block, for the system."""

@@ -86,7 +86,7 @@ def test_plans_fit_into_shared_memory() -> None:
 
 
 def test_blocks_leave_the_rest_of_the_memory_to_the_cache() -> None:
-    """Of an H100's 228 KiB, four blocks of the backward take 164, and three of 16 bits 196: steps that the device has."""
+    """Of an H100's 228 KiB, four blocks of the backward take 164, and three of 16 bits 196: steps of the device."""
     limit = 228 * 1024
     backward = backward_plan(MODEL, 227 * 1024, False)
     assert (backward.blocks, 132 / 228 < backward.carve_out(limit) / 100 <= 164 / 228) == (4, True)
