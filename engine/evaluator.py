@@ -210,7 +210,7 @@ def evaluate(
     detector = cast("Evaluated", model.eval())
     evaluator.reset()
     precision = torch.autocast(device.type, dtype=amp_dtype) if amp_dtype is not None else nullcontext()
-    growth = Growth()
+    growth = Growth(first=1)  # what training has left is not what a batch needs
     try:
         with torch.inference_mode(), precision:
             for done, batch in enumerate(loader, start=1):
@@ -228,4 +228,6 @@ def evaluate(
     finally:
         model.train(was_training)
     (given_up,) = distributed.host_sum([int(give_up())])
-    return {} if given_up else evaluator.compute()
+    metrics = {} if given_up else evaluator.compute()
+    growth.give_back()  # lest the next training step seem to need it
+    return metrics

@@ -18,7 +18,7 @@ from typing import Any
 GROWTH = 1.1
 """How far a process may grow beyond what it held after a step without older free memory."""
 FIRST = 10
-"""Steps after which free memory is given back for the first time: the first ones also build caches and an optimizer."""
+"""Of training: its first steps also build caches and an optimizer."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _STATM = Path("/proc/self/statm")
 
@@ -44,9 +44,13 @@ class Growth:
 
     What a step needs is the most that was held after a step that began without free memory. Where all batches are alike
     that is soon found, and nothing is given back any more.
+
+    Args:
+        first: steps after which free memory is given back for the first time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = FIRST) -> None:
+        self._first = first
         self._steps = 0
         self._need: int | None = None
         self._fresh = False
@@ -59,6 +63,11 @@ class Growth:
         held = int(_STATM.read_text().split()[1])  # pages
         if self._fresh:
             self._need = max(self._need or 0, held)
-        self._fresh = held > GROWTH * self._need if self._need else self._steps >= FIRST
+        self._fresh = held > GROWTH * self._need if self._need else self._steps >= self._first
         if self._fresh:
-            _trim(0)  # also the pages between used ones
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Give all free memory back, also the pages between used ones, as at the end of something else than steps."""
+        if _trim is not None:
+            _trim(0)

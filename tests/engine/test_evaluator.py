@@ -17,6 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from engine import evaluator as evaluator_module
+from engine import host_memory
 from engine.coco_metrics import STATISTICS, box_metrics, choose_backend, read_ground_truth
 from engine.evaluator import Evaluator, evaluate
 from structures import Batch, Detections, Images, Targets
@@ -373,6 +374,16 @@ def batches():
             torch.tensor([image_id]),
             torch.tensor([[100, 100]]),
         )
+
+
+def test_an_evaluation_neither_keeps_what_training_left_nor_leaves_anything(monkeypatch):
+    seen = []
+    monkeypatch.setattr(host_memory, "_trim", lambda _: seen.append("given back"))
+    evaluator = Evaluator(one_object(), CATEGORIES)
+    compute = evaluator.compute
+    monkeypatch.setattr(evaluator, "compute", lambda: seen.append("computed") or compute())
+    evaluate(Echo(), list(batches()), evaluator, "cpu", on_batch=lambda done, *_: seen.append(done))
+    assert seen == [1, "given back", 2, "computed", "given back"]
 
 
 def test_evaluate_runs_the_model_and_restores_its_mode():
