@@ -171,7 +171,7 @@ def prepare(
         device=device,
         precision=cfg.trainer.precision,
         clip_norm=cfg.optimizer.clip_norm,
-        compile_model=cfg.trainer.compile,
+        compile_layers=cfg.trainer.compile,
     )
     about = {"config": configuration.to_dict(cfg), "categories": categories, "environment": environment}
     trainer = Trainer(

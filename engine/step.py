@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 from engine import distributed
 from engine.host_memory import keep_free_memory
 from structures import Batch, BatchSize, DetectorOutputs, Images, LossOutput, Targets
+
+if TYPE_CHECKING:
+    from models import Detector
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Criterion = Callable[[DetectorOutputs, Targets, float, int], LossOutput]
@@ -134,7 +137,7 @@ class OptimizerStep:
         device: torch.device,
         precision: Precision = "fp32",
         clip_norm: float | None = None,
-        compile_model: bool = False,
+        compile_layers: bool = False,
     ) -> None:
         """Wrap the model for distributed training where there are several processes.
 
@@ -145,15 +148,15 @@ class OptimizerStep:
             device: of this process.
             precision: of the model's forward pass; fp16 scales the loss.
             clip_norm: largest global gradient norm.
-            compile_model: whether to compile the model's forward pass.
+            compile_layers: whether to compile the layers of encoder and decoder.
         """
         self.module, self.criterion, self.optimizer = model, criterion, optimizer
         self.device, self.precision, self.clip_norm = device, precision, clip_norm
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         model.train()
-        if compile_model:
-            model.compile()
+        if compile_layers:
+            cast("Detector", model).compile_layers()
         self.model: nn.Module = model
         if distributed.is_connected():
             self.model = DistributedDataParallel(

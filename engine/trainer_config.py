@@ -26,7 +26,7 @@ class TrainerConfig:
     deterministic: bool = False
     """Whether CUDA must give the same bits every time (slower); the CPU always does."""
     compile: bool = False
-    """Whether to compile the model with torch.compile."""
+    """Whether to compile the layers of encoder and decoder with torch.compile."""
     accumulation_steps: int = 1
     """Micro-batches per process into which an optimizer step's share of the batch is divided."""
     ema_decay: float | None = None

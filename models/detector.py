@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from models.parts.backbone import BackboneConfig
+from models.parts.layers import DecoderLayer, EncoderLayer
 from models.parts.position_encoding import SinePositionEncoding
 from models.parts.postprocess import best_pairs, to_pixels, without_duplicates
 from structures import Detections, DetectorOutputs, Images, Targets
@@ -112,6 +113,17 @@ class Detector(nn.Module, ABC):
             images: padded and normalised.
             targets: of the same images; in training, detectors that learn from noised targets make them of these.
         """
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile each layer of encoder and decoder by ``torch.compile``: with few compilations for all sizes of
+        images and numbers of targets, where the whole model, whose parts look at both, would need one for each.
+
+        Args:
+            options: of ``torch.compile``.
+        """
+        for module in self.modules():
+            if isinstance(module, (EncoderLayer, DecoderLayer)):
+                module.compile(**options)
 
     @property
     def last_cross_attention(self) -> nn.Module:

@@ -142,6 +142,15 @@ def test_evaluation_says_when_it_computes_unlike_training(trained: Path, command
     assert "computing in bf16, unlike training" in output
 
 
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_compiled_layers_learn_the_same(trained: Path, data: Path, command: Command, tmp_path: Path) -> None:
+    code, _, _ = command("--cfg", data / "tiny.yaml", "trainer.compile=true", f"output_dir={tmp_path}/run")
+    assert code == 0
+    compiled, plain = (last(run)["weights"] for run in (tmp_path / "run", trained))
+    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
+
+
 def test_resume_goes_on_and_init_from_keeps_classes(
     trained: Path, data: Path, command: Command, tmp_path: Path
 ) -> None:

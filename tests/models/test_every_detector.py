@@ -62,6 +62,27 @@ def test_groups_are_those_that_the_configuration_says(name, make_batch):
     assert set(model(batch.images, batch.targets).groups) <= {"encoder", "decoder"}
 
 
+@pytest.mark.slow
+@every_detector
+def test_layers_compile_whole_and_a_few_times_for_all_sizes(name, make_batch):
+    model, compiled = build(name), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    sizes = (((96, 128), (80, 100)), ((128, 96), (64, 64)), ((64, 160), (64, 100)), ((96, 96), (96, 80)))
+    batches = [make_batch(sizes[n], counts=(n + 2, 1)) for n in range(4)]
+    expected = [loss_of(name, model, batch)[0].total for batch in batches]
+    torch.compiler.reset()
+    model.compile_layers(backend=backend, fullgraph=True)
+    found = [loss_of(name, model, batch)[0].total for batch in batches[:3]]
+    few = len(compiled)
+    found.append(loss_of(name, model, batches[3])[0].total)
+    assert 2 <= len(compiled) == few
+    torch.testing.assert_close(found, expected)
+
+
 @every_detector
 @pytest.mark.parametrize("counts", [(3, 1), (0, 0)])
 def test_every_parameter_learns(name, counts, make_batch):
