@@ -23,7 +23,7 @@ MAX_SORTED_PIXELS = 2**20 - 1
 MAX_SORTED_SAMPLES = 1024
 """Of a block's queries and all levels."""
 Tiles = tuple[tuple[int, int], ...]
-TILES: Tiles = ((16, 8), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))
+TILES: Tiles = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))
 """Width and height in queries of a block's tile, largest first."""
 SORTED_BLOCKS = 3
 """At most so many blocks a multiprocessor are to have registers: 80 for each of 256 threads. On an H100, float32
@@ -83,7 +83,7 @@ class Plan(NamedTuple):
 @functools.cache
 def forward_plan(signature: Signature, tiles: Tiles | None = None, threads: int | None = None) -> Plan:
     """The forward: the first tile whose samples fit into the shared memory that every architecture has, or the last."""
-    for width, height in tiles or TILES[1 if signature.tiled else 3 :]:
+    for width, height in tiles or TILES[0 if signature.tiled else 2 :]:
         shared = _forward_bytes(signature, width * height)
         if shared <= PLAIN_SHARED_BYTES:
             break
@@ -107,14 +107,14 @@ def backward_plan(
         many = signature.value_type == 0 and not deterministic
         blocks = blocks or SORTED_BLOCKS + many
         for limit in (shared_limit // 2 - RESERVED_SHARED_BYTES, shared_limit):
-            for tile in tiles or TILES[1 + many : 4]:
+            for tile in tiles or TILES[many:3]:
                 shared = _backward_bytes(signature, tile, warps_sorted)
                 if shared <= limit and tile[0] * tile[1] * signature.levels * signature.points <= MAX_SORTED_SAMPLES:
                     fitting = max((shared_limit + RESERVED_SHARED_BYTES) // (shared + RESERVED_SHARED_BYTES), 1)
                     together = min(blocks, fitting, 1024 // (32 * warps_sorted))
                     return _backward_plan(signature, deterministic, tile, True, warps_sorted, shared, together)
     warps = warps or 4
-    for tile in tiles or TILES[4:]:
+    for tile in tiles or TILES[3:]:
         shared = _backward_bytes(signature, tile, 0)
         if shared <= PLAIN_SHARED_BYTES:
             break
