@@ -175,9 +175,9 @@ class Trainer:
     def _run(self, stop: StopRequest, records: Records | None) -> Iterator[tuple[list[Batch], BatchSize]]:
         if self.step >= self.total_steps:
             log.info("step %d of %d: nothing is left to train", self.step, self.total_steps)
-        growth = Growth()
         if self._evaluation_due():
             self._evaluate(stop, records)
+        growth = Growth()
         stream = self._stream()
         while self.step < self.total_steps and not self._stopped_early:
             began = time.perf_counter()
@@ -198,8 +198,10 @@ class Trainer:
                 self._record(records)
             if self._evaluation_due():
                 self._evaluate(stop, records)
+                growth.give_back()  # lest the next step seem to need what pictures and metrics have left
             elif self.step % self.config.checkpoint_every == 0:
                 self._save()
+                growth.give_back()
         stream.close()
         if self._stopped_early and self.best is not None:
             log.info("no gain in %s since step %d: training ends", self.config.best_metric, self.best["step"])
