@@ -227,7 +227,7 @@ def count_operations(model: Any, size: tuple[int, int], device: torch.device) ->
             parameter.requires_grad_(False)
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
             image = Images(torch.zeros(1, 3, *size, device=device), torch.tensor([size], device=device))
-            model.eval().forward(image)  # not what it is compiled to
+            model.eval()(image)
     finally:
         model.train(was_training)
         for parameter in trained:

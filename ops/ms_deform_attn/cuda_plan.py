@@ -26,8 +26,8 @@ Tiles = tuple[tuple[int, int], ...]
 TILES: Tiles = ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1))
 """Width and height in queries of a block's tile, largest first."""
 SORTED_BLOCKS = 3
-"""At most so many blocks a multiprocessor are to have registers: 80 for each of 256 threads. On an H100, float32
-without determinism is faster with four, and tiles that leave shared memory for them."""
+"""At most so many blocks a multiprocessor are to have registers: 80 for each of 256 threads. Float32
+without determinism asks for one more, in smaller tiles that leave shared memory for it: faster on an H100."""
 PLAIN_SHARED_BYTES = 48 * 1024
 RESERVED_SHARED_BYTES = 1024
 """Of each block, for the system."""
@@ -104,7 +104,7 @@ def backward_plan(
     """The backward: with sorted taps if they fit into ``shared_limit`` bytes of shared memory, if possible twice."""
     if signature.tiled:
         warps_sorted = warps or min(2 * max(signature.levels, 2), 16)
-        many = signature.value_type == 0 and not deterministic
+        many = int(signature.value_type == 0 and not deterministic)
         blocks = blocks or SORTED_BLOCKS + many
         for limit in (shared_limit // 2 - RESERVED_SHARED_BYTES, shared_limit):
             for tile in tiles or TILES[many:3]:

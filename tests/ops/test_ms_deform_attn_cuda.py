@@ -49,9 +49,12 @@ def test_compiles_for_every_architecture(architecture: int) -> None:
     """With 64 registers a thread, 1024 threads run on a multiprocessor, half of what it can hold; sorted taps leave
     room for fewer."""
     assert registers(forward_plan(MODEL), architecture) <= 64
-    backward = backward_plan(MODEL, SHARED_BYTES[architecture] * 1024, False)
-    assert backward.tiled
-    assert registers(backward, architecture) <= 128
+    for value_type, deterministic in ((0, False), (0, True), (1, False)):
+        backward = backward_plan(
+            MODEL._replace(value_type=value_type), SHARED_BYTES[architecture] * 1024, deterministic
+        )
+        assert backward.tiled
+        assert registers(backward, architecture) <= 128
     assert registers(backward_plan(MODEL._replace(tiled=False), 48 * 1024, False), architecture) <= 64
 
 

@@ -86,7 +86,7 @@ __device__ inline void write_logits(const Problem& p, const Block& block, const 
 }
 #endif
 
-// From sm_100 on, the 80 registers of three blocks' threads do not suffice for float32.
+// From sm_100 on, float32 needs more registers than three or four blocks leave its threads.
 #if __CUDA_ARCH__ >= 1000 && SORTED && VALUE_TYPE == 0 && BLOCKS > 2
 constexpr int RESIDENT = 2;
 #else

@@ -79,7 +79,7 @@ __device__ inline int64 first_element(const Problem& p, const Block& block) {
 constexpr int SUMS = DETERMINISTIC ? 1 : VECTOR < 4 ? VECTOR : 4;
 
 // Where a lane's sums begin in their row, given the first one's channel. All lanes' first SUMS come first, then all their next:
-// neighbouring lanes add to neighbouring numbers, and no sector of memory is added to twice.
+// neighbouring lanes add to neighbouring numbers, and vector reductions to no sector of memory twice.
 __device__ inline unsigned place_of_sum(unsigned channel) { return channel / VECTOR * SUMS; }
 
 // Adds a lane's VECTOR sums to memory, the first to to.

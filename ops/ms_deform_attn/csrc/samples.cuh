@@ -26,7 +26,7 @@ struct Problem {
   const sample_t* weights;     // logits (fused) or weights
   value_t* output;             // [B, Q, H, D]
   const value_t* grad_output;  // [B, Q, H, D]
-  sum_t* grad_value;           // [B, S, H, D]; zeroed
+  sum_t* grad_value;           // [B, S, H, D], D in the order of backward.cuh; zeroed
   sample_t* grad_samples;
   sample_t* grad_weights;
   float* grad_reference;       // [B, Q, H, REFERENCE_SIZE], to be summed over H; or null
