@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from torch.utils._pytree import tree_leaves
 from engine import distributed
 from engine.host_memory import keep_free_memory
 from structures import Batch, BatchSize, DetectorOutputs, Images, LossOutput, Targets
-
-if TYPE_CHECKING:
-    from models import Detector
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Criterion = Callable[[DetectorOutputs, Targets, float, int], LossOutput]
@@ -156,7 +153,7 @@ class OptimizerStep:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         model.train()
         if compile_layers:
-            cast("Detector", model).compile_layers()
+            cast(Any, model).compile_layers()
         self.model: nn.Module = model
         if distributed.is_connected():
             self.model = DistributedDataParallel(

@@ -42,6 +42,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Launches:
     launches = Launches(90)
     monkeypatch.setattr(cuda, "launch", launches)
     monkeypatch.setattr(cuda, "shared_limit", lambda device: 227 * 1024)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)  # whatever a test has left
     return launches
 
 
