@@ -97,4 +97,5 @@ def test_it_trains_resumes_fine_tunes_predicts_and_is_analysed(
     assert (tmp_path / "analysis" / "analysis.json").exists()
     queries = [query for row in drawn[0][2] for query in row.queries]
     assert queries
-    assert all(query.weights.sum() == pytest.approx(FAMILY[name].num_heads, rel=1e-3) for query in queries)
+    # Processors with instructions for bfloat16 round the weights to it.
+    assert all(query.weights.sum() == pytest.approx(FAMILY[name].num_heads, rel=5e-3) for query in queries)

@@ -28,6 +28,7 @@ def test_the_processor_is_asked(capabilities: dict[str, bool], expected: bool, m
 
 
 def test_predictions_are_bf16s_where_that_is_asked_for(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.inference.computes_bf16", lambda: False)
     image = torch.rand(3, 64, 80, generator=torch.Generator().manual_seed(0))
     full = Predictor(tiny_checkpoint, device="cpu")
     found = Predictor(tiny_checkpoint, device="cpu", overrides=["trainer.inference_precision=bf16"])

@@ -134,7 +134,10 @@ def folder(root: Path) -> Path:
     return root
 
 
-def test_the_command(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.inference.computes_bf16", lambda: False)  # of which it would speak
     images, out = folder(tmp_path / "images"), tmp_path / "out"
     extra = tmp_path / "a.png"
     Image.fromarray(pixels(40, 40, 4)).save(extra)
