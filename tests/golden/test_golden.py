@@ -14,9 +14,10 @@ import torch
 import config
 import main
 
-EARLY, LATE = 1e-5, 5e-2
-"""Relative tolerance of steps 1 to 8 and of those after. With other instructions of the same processor (SSE4 for AVX2)
-the first eight steps agree to 5e-7, later ones to 8e-3: the optimizer divides tiny gradients by their own size."""
+ALIKE, EARLY, LATE = 4, 1e-5, 0.5
+"""Steps that agree everywhere, and the relative tolerance of those and of the ones after. On three processors and with
+AVX2 for AVX512 the first four agree to 5e-6; then another rounding may match another query, a term then differs by up
+to 0.45 (2026-11-27), and the norm of all weights at the end by 3e-7."""
 OLDER = record.GOLDEN / "version_0_1"
 
 
@@ -37,8 +38,8 @@ def test_curves(name: str, data: Path):
     found = record.curve(name, data)
     torch.set_num_threads(threads)
     for index, (step, then) in enumerate(zip(found["steps"], expected["steps"], strict=True)):
-        assert step == pytest.approx(then, rel=EARLY if index < 8 else LATE, abs=1e-5), f"step {index}"
-    assert found["weights_norm"] == pytest.approx(expected["weights_norm"], rel=1e-5)
+        assert step == pytest.approx(then, rel=EARLY if index < ALIKE else LATE, abs=1e-5), f"step {index}"
+    assert found["weights_norm"] == pytest.approx(expected["weights_norm"], rel=1e-6)
 
 
 def test_names_and_shapes_of_all_tensors():
