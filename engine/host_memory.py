@@ -15,10 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-GROWTH = 1.05
+GROWTH = 1.1
 """How far a process may grow beyond what it held after a step without older free memory."""
-FADING = 0.99
-"""What remains of that each time it is measured again: now and then a step leaves many more holes than others."""
 FIRST = 10
 """Steps before free memory is first given back: the first ones also build caches and, in training, an optimizer."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -44,8 +42,8 @@ def keep_free_memory() -> None:
 class Growth:
     """Gives free memory back when the process holds ``GROWTH`` times what a step needs; glibc on Linux only.
 
-    What a step needs is the most that was held, lately, after a step that began without free memory. Where all batches
-    are alike that is soon found, and nothing is given back any more.
+    What a step needs is the most that was held after a step that began without free memory. Where all batches are alike
+    that is soon found, and nothing is given back any more.
 
     Args:
         first: steps after which free memory is given back for the first time.
@@ -54,7 +52,7 @@ class Growth:
     def __init__(self, first: int = FIRST) -> None:
         self._first = first
         self._steps = 0
-        self._need: float | None = None
+        self._need: int | None = None
         self._fresh = False
 
     def end_step(self) -> None:
@@ -64,7 +62,7 @@ class Growth:
             return
         held = int(_STATM.read_text().split()[1])  # pages
         if self._fresh:
-            self._need = max(FADING * (self._need or 0), held)
+            self._need = max(self._need or 0, held)
         if held > GROWTH * self._need if self._need else self._steps >= self._first:
             self.give_back()
         else:

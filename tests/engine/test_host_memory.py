@@ -46,17 +46,17 @@ def test_nothing_is_returned_where_steps_are_alike(monkeypatch: pytest.MonkeyPat
 
 
 @needs_glibc
-def test_the_need_of_a_step_is_that_of_the_largest_and_fades(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_the_need_of_a_step_is_that_of_the_largest(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     trimmed: list[int] = []
     statm = tmp_path / "statm"
     monkeypatch.setattr(host_memory, "_STATM", statm)
     monkeypatch.setattr(host_memory, "_trim", lambda _: trimmed.append(pages))
     growth = host_memory.Growth()
-    for pages in [*range(81, 91), 50, 52, 53, 100, 104, 106, 60, 103, 104]:
+    for pages in [*range(81, 91), 50, 54, 56, 100, 109, 111, 105, 117]:
         statm.write_text(f"9999 {pages} 0")
         growth.end_step()
-    # 50 is needed at first; 53 is a twentieth more, so that what follows, 100, is known to be needed; after 60 it is 99
-    assert trimmed == [90, 53, 106, 104]
+    # 50 is needed at first; 56 is a tenth more, so that what follows, 100, is known to be needed
+    assert trimmed == [90, 56, 111, 117]
 
 
 def test_what_evaluations_and_checkpoints_leave_is_given_back(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
