@@ -28,6 +28,7 @@ from datasets import Category, CocoDataset, DataConfig
 from engine import checkpoint, distributed, run_log
 from engine.coco_metrics import choose_backend
 from engine.evaluator import Evaluator
+from engine.host_memory import forget_kernels
 from engine.inference import prepare_inference
 from engine.runs import session
 from engine.runs.environment import VERSION, describe_environment
@@ -153,6 +154,8 @@ def prepare(
         for title, dataset in (("training", train_set), ("validation", val_set)):
             for line in dataset.report.lines():
                 log.info("%s annotations: %s", title, line)
+        if device.type == "cpu" and train_set.many_sizes():
+            forget_kernels()
         rank, world, parts = distributed.rank(), distributed.world_size(), cfg.trainer.accumulation_steps
         length = cfg.schedule.total_steps
         loader = cfg.data.build_train_loader(

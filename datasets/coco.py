@@ -134,6 +134,17 @@ class CocoDataset(CocoDetection):
             sizes[index] = torch.tensor(self.stated_size(index))
         return sizes[:, 1] > sizes[:, 0]
 
+    def many_sizes(self) -> bool:
+        """Whether sixteen samples are of more than five sizes, found by blank ones: no file is read."""
+
+        def blank(source: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+            height, width = self.annotations.sizes[source.randrange(len(self))].clamp(min=1).tolist()
+            box = torch.tensor([[width / 4, height / 4, width * 3 / 4, height * 3 / 4]])
+            return torch.zeros(3, height, width, dtype=torch.uint8), box, torch.zeros(1, dtype=torch.int64)
+
+        samples = (apply_transforms(self.augmentation, *blank(random.Random(i)), i, load=blank) for i in range(16))
+        return len({sample.size for sample in samples}) > 5
+
     def load(self, index: int) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Image [3, H, W] uint8, boxes [n, 4] xyxy in its pixels, labels [n], and the annotated (height, width).
 

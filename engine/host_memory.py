@@ -5,6 +5,10 @@ map and clear the same pages again: a sixth of an inference with ResNet-50 (docs
 But batches of many sizes leave holes in the heap that the next batch, of another size, does not fill: after hundreds of
 steps a process would hold several times what its largest batch needs, most of it free (docs/reliability.md). So free
 memory is given back whenever the process has grown, and only then.
+
+Holes stay where small blocks that live on lie between large ones. Most of those are kernels: oneDNN makes one for every
+shape of every convolution and keeps the last 1,024, made in the midst of steps, in case the shape comes again. Where
+batches are of many sizes it rarely does, and nothing is kept of them.
 """
 
 from __future__ import annotations
@@ -37,6 +41,16 @@ def keep_free_memory() -> None:
     if _trim is not None and not tuned:
         _mallopt(_M_MMAP_MAX, 0)
         _mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def forget_kernels() -> None:
+    """Have oneDNN keep no kernels, for batches that hardly ever have a size again; before the first of them.
+
+    The environment's own setting stands. PyTorch keeps some beside oneDNN (``LRU_CACHE_CAPACITY``), at least one.
+    """
+    if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # the older name of the same
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 
 
 class Growth:

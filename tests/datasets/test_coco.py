@@ -12,8 +12,10 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from datasets import Category, CocoConfig, DataConfig, coco
 from datasets.coco import MAX_REPLACEMENTS, SampleKey
 from datasets.images import UnreadableImageError
+from datasets.mixing import Mosaic
 from datasets.sampling import RepeatFactor
-from datasets.transforms import RandomFlip, Resize
+from datasets.sizes import RandomResize, RandomSizeCrop, Resize, ResizeExact
+from datasets.transforms import IoUCrop, RandomFlip
 from engine.evaluator import Evaluator
 from structures import Detections
 
@@ -113,6 +115,30 @@ def test_batches_of_one_orientation_go_by_the_annotated_size(make_folder):
         DataConfig(train=split, val=split, batch_size=4, one_orientation=3)
     with pytest.raises(ValueError, match=r"data.one_orientation=2 needs data.sampling: uniform"):
         DataConfig(train=split, val=split, batch_size=4, one_orientation=2, sampling=RepeatFactor())
+
+
+def test_whether_samples_are_of_many_sizes(make_folder):
+    """By the annotations and the transforms, mixing ones too; no file is read."""
+    alike, differing = (
+        make_folder(sizes=[(40, 60 + step * index) for index in range(40)], boxes_per_image=0) for step in (0, 1)
+    )
+    differing.content["images"][3]["width"] = 0
+    for folder in (alike, differing):
+        folder.add(10, [1, 1, 20, 20])
+        folder.write()
+        for file in folder.images.iterdir():
+            file.write_bytes(b"unreadable")
+    for transforms, of_alike, of_differing in (
+        ((), False, True),
+        ((Resize(short_side=30),), False, True),
+        ((RandomResize(short_sides=(30, 40, 50)),), False, True),
+        ((RandomSizeCrop(min_size=8, max_size=40),), True, True),
+        ((RandomSizeCrop(min_size=8, max_size=40), ResizeExact(height=32, width=32)), False, False),
+        ((IoUCrop(min_iou=(0.0,)),), True, True),
+        ((RandomFlip(), Mosaic(size=64)), False, False),
+    ):
+        assert build(alike, transforms=transforms).many_sizes() is of_alike, transforms
+        assert build(differing, transforms=transforms).many_sizes() is of_differing, transforms
 
 
 @pytest.mark.parametrize("looked_at", [200, 4])

@@ -261,6 +261,17 @@ def test_a_transform_ends_where_the_schedule_says(data: Path, tmp_path: Path) ->
     assert [tuple(batch.images.pixels.shape[2:]) for batch in (first, second)] == [(32, 40), (64, 64)]
 
 
+def test_kernels_are_kept_where_images_are_of_one_size(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[str] = []
+    monkeypatch.setattr(main, "forget_kernels", lambda: forgotten.append("all"))
+    for transforms, kept in (("[]", True), ("[{name: random_size_crop, min_size: 32, max_size: 64}]", False)):
+        overrides = [f"data.train.transforms={transforms}", f"output_dir={tmp_path}"]
+        main.prepare(config.load(data / "tiny.yaml", overrides), torch.device("cpu"), None, None)
+        assert bool(forgotten) is not kept
+
+
 def test_unreadable_validation_images_are_told(trained: Path, data: Path, command: Command, tmp_path: Path) -> None:
     shutil.copytree(data / "images/val", tmp_path / "val")
     broken = next((tmp_path / "val").iterdir())

@@ -1,5 +1,6 @@
 """Free memory is kept while a process holds what a step needs, and goes back when it has grown, wherever it lies."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -92,6 +93,42 @@ def test_large_blocks_are_not_asked_for_again(environment: dict[str, str], least
     command = [sys.executable, "-c", KEPT]
     ran = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
     assert least <= int(ran.stdout) < most
+
+
+KERNELS = """
+import ctypes
+import sys
+import torch
+from engine import host_memory
+class Blocks(ctypes.Structure):  # mallinfo2's ten figures; the eighth: bytes in use
+    _fields_ = [("figures", ctypes.c_size_t * 10)]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Blocks
+if "forget" in sys.argv:
+    host_memory.forget_kernels()
+convolution = torch.nn.Conv2d(16, 16, 3, padding=1)
+for size in range(20, 120):
+    if size == 40:
+        before = libc.mallinfo2().figures[7]
+    convolution(torch.ones(1, 16, size, 2 * size, requires_grad=True)).sum().backward()
+    convolution.zero_grad()
+print(libc.mallinfo2().figures[7] - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc before 2.33, or none")
+@pytest.mark.parametrize(("arguments", "environment", "least", "most"), [
+    ([], {}, 2**20, 2**30),
+    (["forget"], {}, -(2**30), 2**17),
+    (["forget"], {"DNNL_PRIMITIVE_CACHE_CAPACITY": "1024"}, 2**20, 2**30),
+])  # fmt: skip
+def test_kernels_of_sizes_that_come_once_are_not_kept(
+    arguments: list[str], environment: dict[str, str], least: int, most: int
+) -> None:
+    """Bytes in use after eighty sizes, beyond those after twenty; the environment's own setting stands."""
+    command = [sys.executable, "-c", KERNELS, *arguments]
+    ran = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    assert least < int(ran.stdout) < most
 
 
 def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def test_wandb_offline_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pyte
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     write(tmp_path, "wandb", range(1, 4))
+    time.sleep(1.1)  # a run's directory has the second in its name
     write(tmp_path, "wandb", range(3, 6))
     wandb.teardown()  # files are written by another process, which ends here as it does with this one
     run_id = json.loads((tmp_path / "loggers.json").read_text())["wandb"]
