@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torchvision.tv_tensors import BoundingBoxes, Image
@@ -36,6 +36,8 @@ class Source(random.Random):
 class Augmentation:
     """A transform that may end before the training does."""
 
+    keeps_size: ClassVar[bool] = False
+    """Whether images have the same size afterwards, whatever is drawn."""
     until: float = 1.0
     """Share of the training after which it is left out (0.9: the last tenth goes without)."""
 

@@ -135,15 +135,23 @@ class CocoDataset(CocoDetection):
         return sizes[:, 1] > sizes[:, 0]
 
     def many_sizes(self) -> bool:
-        """Whether sixteen samples are of more than five sizes, found by blank ones: no file is read."""
+        """Whether sixteen samples are of more than five sizes, found by blank ones: no file is read.
+
+        Annotations may claim any size; they are believed up to 2,048 pixels.
+        """
 
         def blank(source: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-            height, width = self.annotations.sizes[source.randrange(len(self))].clamp(min=1).tolist()
+            height, width = self.annotations.sizes[source.randrange(len(self))].clamp(1, 2048).tolist()
             box = torch.tensor([[width / 4, height / 4, width * 3 / 4, height * 3 / 4]])
             return torch.zeros(3, height, width, dtype=torch.uint8), box, torch.zeros(1, dtype=torch.int64)
 
-        samples = (apply_transforms(self.augmentation, *blank(random.Random(i)), i, load=blank) for i in range(16))
-        return len({sample.size for sample in samples}) > 5
+        transforms = tuple(transform for transform in self.augmentation if not transform.keeps_size)
+        seen: set[tuple[int, int]] = set()
+        for seed in range(16):
+            seen.add(apply_transforms(transforms, *blank(random.Random(seed)), seed, load=blank).size)
+            if len(seen) > 5:
+                return True
+        return False
 
     def load(self, index: int) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Image [3, H, W] uint8, boxes [n, 4] xyxy in its pixels, labels [n], and the annotated (height, width).

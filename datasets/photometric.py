@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -16,6 +16,7 @@ from datasets.labelled_image import LabelledImage
 class ColourJitter(Occasional):
     """Changes brightness, contrast and saturation by random factors, and hue by a random shift."""
 
+    keeps_size: ClassVar[bool] = True
     name: Literal["colour_jitter"] = "colour_jitter"
     brightness: float = 0.2
     """Factors are drawn from 1 ± this."""
@@ -49,6 +50,7 @@ class ColourJitter(Occasional):
 class PhotometricDistortion(Augmentation):
     """Changes brightness, contrast, saturation, hue and the order of channels, each or not (SSD, arXiv 1512.02325)."""
 
+    keeps_size: ClassVar[bool] = True
     name: Literal["photometric_distortion"] = "photometric_distortion"
     brightness: float = 0.125
     """Factors are drawn from 1 ± this."""
@@ -77,6 +79,7 @@ class PhotometricDistortion(Augmentation):
 class RandomErasing(Occasional):
     """Paints a random rectangle grey (arXiv 1708.04896); boxes stay, of what is hidden too."""
 
+    keeps_size: ClassVar[bool] = True
     name: Literal["random_erasing"] = "random_erasing"
     min_area: float = 0.02
     """Least area of the rectangle, as a share of the image's."""

@@ -123,6 +123,7 @@ def test_whether_samples_are_of_many_sizes(make_folder):
         make_folder(sizes=[(40, 60 + step * index) for index in range(40)], boxes_per_image=0) for step in (0, 1)
     )
     differing.content["images"][3]["width"] = 0
+    differing.content["images"][4]["width"] = 10**9
     for folder in (alike, differing):
         folder.add(10, [1, 1, 20, 20])
         folder.write()
