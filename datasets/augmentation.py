@@ -37,7 +37,7 @@ class Augmentation:
     """A transform that may end before the training does."""
 
     keeps_size: ClassVar[bool] = False
-    """Whether images have the same size afterwards, whatever is drawn."""
+    """Whether an image is known to have the same size afterwards, whatever is drawn."""
     until: float = 1.0
     """Share of the training after which it is left out (0.9: the last tenth goes without)."""
 

@@ -135,23 +135,25 @@ class CocoDataset(CocoDetection):
         return sizes[:, 1] > sizes[:, 0]
 
     def many_sizes(self) -> bool:
-        """Whether sixteen samples are of more than five sizes, found by blank ones: no file is read.
+        """Whether sixteen samples are of more than five sizes, early or late in the training.
 
-        Annotations may claim any size; they are believed up to 2,048 pixels.
+        Blank images go through the transforms, in the sizes that are stated, made smaller than 2,048 pixels.
         """
-
-        def blank(source: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-            height, width = self.annotations.sizes[source.randrange(len(self))].clamp(1, 2048).tolist()
-            box = torch.tensor([[width / 4, height / 4, width * 3 / 4, height * 3 / 4]])
-            return torch.zeros(3, height, width, dtype=torch.uint8), box, torch.zeros(1, dtype=torch.int64)
-
         transforms = tuple(transform for transform in self.augmentation if not transform.keeps_size)
-        seen: set[tuple[int, int]] = set()
-        for seed in range(16):
-            seen.add(apply_transforms(transforms, *blank(random.Random(seed)), seed, load=blank).size)
-            if len(seen) > 5:
-                return True
+        for progress in (0.0, 0.999):
+            seen: set[tuple[int, int]] = set()
+            for seed in range(16):
+                drawn = self._blank(random.Random(1000 + seed))
+                seen.add(apply_transforms(transforms, *drawn, seed, progress, self._blank).size)
+                if len(seen) > 5:
+                    return True
         return False
+
+    def _blank(self, source: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+        size = self.stated_size(source.randrange(len(self)))
+        height, width = (max(round(side * min(1.0, 2048 / max(size))), 1) if max(size) else 1 for side in size)
+        box = torch.tensor([[width / 4, height / 4, width * 3 / 4, height * 3 / 4]])
+        return torch.zeros(3, height, width, dtype=torch.uint8), box, torch.zeros(1, dtype=torch.int64)
 
     def load(self, index: int) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Image [3, H, W] uint8, boxes [n, 4] xyxy in its pixels, labels [n], and the annotated (height, width).

@@ -3,8 +3,8 @@
 glibc maps large blocks one by one, and unmaps them as soon as they are free. The next step then waits for the system to
 map and clear the same pages again: a sixth of an inference with ResNet-50 (docs/results.md). So free memory is kept.
 But batches of many sizes leave holes in the heap that the next batch, of another size, does not fill: after hundreds of
-steps a process would hold several times what its largest batch needs, most of it free (docs/reliability.md). So free
-memory is given back whenever the process has grown, and only then.
+steps a process would hold two to three times what its largest batch needs, most of it free (docs/reliability.md). So
+free memory is given back whenever the process has grown, and only then.
 
 Holes stay where small blocks that live on lie between large ones. Most of those are kernels: oneDNN makes one for every
 shape of every convolution and keeps the last 1,024, made in the midst of steps, in case the shape comes again. Where
@@ -44,9 +44,11 @@ def keep_free_memory() -> None:
 
 
 def forget_kernels() -> None:
-    """Have oneDNN keep no kernels, for batches that hardly ever have a size again; before the first of them.
+    """Have oneDNN keep no kernels, for batches that hardly ever have a size again.
 
-    The environment's own setting stands. PyTorch keeps some beside oneDNN (``LRU_CACHE_CAPACITY``), at least one.
+    It reads the environment once, at its first kernel: whatever has computed a convolution in this process before, an
+    earlier training or a ``Predictor``, makes this do nothing. The environment's own setting stands. PyTorch keeps some
+    beside oneDNN (``LRU_CACHE_CAPACITY``, read by ``torch.set_num_threads`` too), at least one.
     """
     if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # the older name of the same
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")

@@ -118,7 +118,7 @@ def test_batches_of_one_orientation_go_by_the_annotated_size(make_folder):
 
 
 def test_whether_samples_are_of_many_sizes(make_folder):
-    """By the annotations and the transforms, mixing ones too; no file is read."""
+    """By the annotations and the transforms, mixing ones too, at any time of the training."""
     alike, differing = (
         make_folder(sizes=[(40, 60 + step * index) for index in range(40)], boxes_per_image=0) for step in (0, 1)
     )
@@ -137,9 +137,22 @@ def test_whether_samples_are_of_many_sizes(make_folder):
         ((RandomSizeCrop(min_size=8, max_size=40), ResizeExact(height=32, width=32)), False, False),
         ((IoUCrop(min_iou=(0.0,)),), True, True),
         ((RandomFlip(), Mosaic(size=64)), False, False),
+        ((Mosaic(size=64, until=0.9),), False, True),
     ):
         assert build(alike, transforms=transforms).many_sizes() is of_alike, transforms
         assert build(differing, transforms=transforms).many_sizes() is of_differing, transforms
+    for index, image in enumerate(differing.content["images"]):
+        image |= {"width": 3000 + 50 * index, "height": 2500}
+    differing.write()
+    assert build(differing, transforms=(Resize(short_side=30),)).many_sizes()
+
+
+def test_sizes_that_are_not_stated_are_looked_at(make_folder):
+    folder = make_folder(sizes=[(40, 60 + index) for index in range(12)], boxes_per_image=1)
+    for image in folder.content["images"]:
+        image |= {"width": 0, "height": 0}
+    folder.write()
+    assert build(folder).many_sizes()
 
 
 @pytest.mark.parametrize("looked_at", [200, 4])

@@ -1,6 +1,7 @@
 """Keeps what a test of the engine changes globally from reaching the next one."""
 
 import logging
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -46,15 +47,19 @@ def keeping_process_state() -> Callable[[], AbstractContextManager[None]]:
 
 @contextmanager
 def process_state_kept() -> Iterator[None]:
-    """Put back signal handlers, loggers and random states at the end."""
+    """Put back signal handlers, loggers, environment and random states at the end."""
     handlers = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
     }
     root = logging.getLogger()
     log_handlers, level = root.handlers[:], root.level
     deterministic = torch.get_deterministic_debug_mode()
+    environment = dict(os.environ)
     random_states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
     yield
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
     signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():
         signal.signal(number, handler)

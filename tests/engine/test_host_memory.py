@@ -4,15 +4,19 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_training import Options, train
 
+from datasets.shapes import ShapesConfig, generate
 from engine import host_memory
 from engine.run_log import memory_gib
 
+ROOT = Path(__file__).resolve().parents[2]
 needs_glibc = pytest.mark.skipif(host_memory._trim is None, reason="this C library has no malloc_trim")
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 
 
 def held() -> float:
@@ -116,6 +120,7 @@ print(libc.mallinfo2().figures[7] - before)
 """
 
 
+@needs_onednn
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc before 2.33, or none")
 @pytest.mark.parametrize(("arguments", "environment", "least", "most"), [
     ([], {}, 2**20, 2**30),
@@ -130,6 +135,27 @@ def test_kernels_of_sizes_that_come_once_are_not_kept(
     unset = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
     ran = subprocess.run(command, env={**unset, **environment}, capture_output=True, text=True, check=True)
     assert least < int(ran.stdout) < most
+
+
+@needs_onednn
+@pytest.mark.parametrize("many", [False, True])
+def test_a_training_on_many_sizes_keeps_no_kernel(many: bool, tmp_path: Path) -> None:
+    """As oneDNN itself tells: nothing comes before the setting, which would be read too late."""
+    generate(tmp_path / "data", ShapesConfig(train_images=8, val_images=2, image_size=64, max_object_size=40), 1)
+    crop = "{name: random_size_crop, min_size: 32, max_size: 64}" if many else ""
+    options = [
+        *(f"data.{split}.images={tmp_path}/data/images/{split}" for split in ("train", "val")),
+        *(f"data.{split}.annotations={tmp_path}/data/annotations/instances_{split}.json" for split in ("train", "val")),
+        f"data.train.transforms=[{crop}]", "schedule.steps=2", "trainer.device=cpu", f"output_dir={tmp_path}/run",
+    ]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    ran = subprocess.run(
+        [sys.executable, "main.py", "--cfg", "tests/golden/align_detr.yaml", *options],
+        env={**environment, "ONEDNN_VERBOSE": "2"}, capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert "cache_miss" in ran.stdout
+    assert ("cache_hit" in ran.stdout) is not many
+    assert ("no kernels of convolutions are kept" in ran.stdout) is many
 
 
 def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
