@@ -155,7 +155,6 @@ def prepare(
             for line in dataset.report.lines():
                 log.info("%s annotations: %s", title, line)
         if device.type == "cpu" and train_set.many_sizes():
-            log.info("images of many sizes: no kernels of convolutions are kept")
             forget_kernels()
         rank, world, parts = distributed.rank(), distributed.world_size(), cfg.trainer.accumulation_steps
         length = cfg.schedule.total_steps

@@ -14,6 +14,7 @@ batches are of many sizes it rarely does, and nothing is kept of them.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ GROWTH = 1.1
 """How far a process may grow beyond what it held after a step without older free memory."""
 FIRST = 10
 """Steps before free memory is first given back: the first ones also build caches and, in training, an optimizer."""
+log = logging.getLogger(__name__)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _STATM = Path("/proc/self/statm")
 
@@ -53,6 +55,7 @@ def forget_kernels() -> None:
     if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # the older name of the same
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
+    log.info("images of many sizes: no kernels of convolutions are kept")
 
 
 class Growth:
