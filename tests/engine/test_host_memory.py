@@ -120,6 +120,10 @@ print(libc.mallinfo2().figures[7] - before)
 """
 
 
+def without_capacities() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+
+
 @needs_onednn
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc before 2.33, or none")
 @pytest.mark.parametrize(("arguments", "environment", "least", "most"), [
@@ -132,8 +136,7 @@ def test_kernels_of_sizes_that_come_once_are_not_kept(
 ) -> None:
     """Bytes in use after eighty sizes, beyond those after twenty; the environment's own setting stands."""
     command = [sys.executable, "-c", KERNELS, *arguments]
-    unset = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
-    ran = subprocess.run(command, env={**unset, **environment}, capture_output=True, text=True, check=True)
+    ran = subprocess.run(command, env=without_capacities() | environment, capture_output=True, text=True, check=True)
     assert least < int(ran.stdout) < most
 
 
@@ -148,10 +151,9 @@ def test_a_training_on_many_sizes_keeps_no_kernel(many: bool, tmp_path: Path) ->
         *(f"data.{split}.annotations={tmp_path}/data/annotations/instances_{split}.json" for split in ("train", "val")),
         f"data.train.transforms=[{crop}]", "schedule.steps=2", "trainer.device=cpu", f"output_dir={tmp_path}/run",
     ]  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
     ran = subprocess.run(
         [sys.executable, "main.py", "--cfg", "tests/golden/align_detr.yaml", *options],
-        env={**environment, "ONEDNN_VERBOSE": "2"}, capture_output=True, text=True, check=True, cwd=ROOT,
+        env=without_capacities() | {"ONEDNN_VERBOSE": "2"}, capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     assert "cache_miss" in ran.stdout
     assert ("cache_hit" in ran.stdout) is not many
