@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -40,6 +41,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _write(path: Path, findings: dict[str, Any]) -> None:
+    if path.exists():
+        try:
+            former = json.loads(path.read_bytes())
+        except ValueError:
+            former = None
+        if not isinstance(former, dict) or former.keys() != findings.keys():
+            raise ValueError(f"--json {path}: is there already and no report of this command; choose another name")
+    path.write_text(json.dumps(findings, indent=1) + "\n")
+
+
 @console.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0: no faults, 1: faults, 2: there was nothing to test."""
@@ -52,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, no_object = f"{options.cfg} {' '.join(options.subject)}".strip(), criterion.classification.no_object
         loss = of_criterion(criterion)
     report = check(loss, name=name, fields=options.fields, num_logits=options.logits, no_object=no_object)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     print(report)
+    if options.json is not None:
+        _write(options.json, report.as_json())
     return 1 if report.faults else 0
 
 

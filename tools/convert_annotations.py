@@ -28,6 +28,10 @@ from tools.label_formats.labels import LabelledFile
 from tools.label_formats.voc import read_voc
 from tools.label_formats.yolo import read_yolo
 
+INFO = {"description": "converted by tools.convert_annotations"}
+_HEAD = json.dumps({"info": INFO}).encode()[:-1]
+"""By which a file that may be replaced is known."""
+
 
 def to_coco(files: Sequence[LabelledFile], classes: Sequence[str] | None = None) -> dict[str, Any]:
     """The content of a COCO annotation file; ids of images, objects and categories count from 1.
@@ -69,7 +73,7 @@ def to_coco(files: Sequence[LabelledFile], classes: Sequence[str] | None = None)
                 }
             )
     categories = [{"id": index, "name": name} for index, name in enumerate(order, 1)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    return {"info": INFO, "images": images, "annotations": annotations, "categories": categories}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,13 +109,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _read(options: argparse.Namespace, report: CleaningReport) -> tuple[list[LabelledFile], list[str] | None]:
     """(label files, names of the classes in order, if they are given)."""
-    inputs = [path for path in (options.classes, options.split if options.kind == "voc" else None) if path]
     if not options.labels.is_dir():
         raise ValueError(f"{options.labels}: no such folder")
-    if options.out.suffix.lower() != ".json" or any(
-        options.out.exists() and path.samefile(options.out) for path in inputs
-    ):
-        raise ValueError(f"--out {options.out}: must be a file of its own that ends in .json")
+    if options.out.suffix.lower() != ".json":
+        raise ValueError(f"--out {options.out}: must end in .json")
+    if options.out.exists() and options.out.read_bytes()[: len(_HEAD)] != _HEAD:
+        raise ValueError(f"--out {options.out}: is there already and not of this command; choose another name")
     given = None if options.classes is None else read_class_names(options.classes)
     if options.kind == "voc":
         read = read_voc(options.labels, options.split, options.images, options.first_pixel, options.difficult, report)
@@ -128,9 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = CleaningReport()
     files, classes = _read(options, report)
     content = to_coco(files, classes)
-    # What training would say of the result.
-    file = from_content(content, options.out)
-    _, reading = pack_annotations(file, options.out, read_categories(file, options.out))
+    # What training would say of the result, of which there is no file yet.
+    file = from_content(content, options.labels)
+    _, reading = pack_annotations(file, options.labels, read_categories(file, options.labels))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.out) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")

@@ -222,6 +222,11 @@ def test_the_command_reports_in_sentences_and_json(tmp_path, capsys, monkeypatch
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["loss"] == "mine:loss"
     assert {finding["test"] for finding in report["findings"]} == TESTS.keys()
+    assert check_loss.main(["mine:loss", *fields]) == 1
+    (tmp_path / "report.json").write_text('{"loss": 1}')
+    assert check_loss.main(["mine:loss", *fields]) == 2
+    assert "report.json: is there already and no report of this command" in capsys.readouterr().err
+    assert (tmp_path / "report.json").read_text() == '{"loss": 1}'
 
 
 @pytest.mark.parametrize("name", ["nowhere:loss", "json:nothing", "json"])

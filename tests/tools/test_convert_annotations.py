@@ -91,7 +91,7 @@ def test_voc_looks_up_images_of_stale_names(tmp_path: Path) -> None:
             (),
             "a.xml: not valid XML in UTF-8 or the encoding that it states (unknown encoding: martian)",
         ),
-        (VOC, ("--out", "a.xml"), "must be a file of its own that ends in .json"),
+        (VOC, ("--out", "a.xml"), "--out a.xml: must end in .json"),
         (VOC, ("--split", "split.txt"), "b.xml: no such file, though"),
         (VOC, ("--classes", "names.txt"), "objects of class 'ant', but the classes are cat"),
         (VOC, ("--images", "."), "neither a.jpg nor another image named a is in"),
@@ -364,6 +364,15 @@ def test_the_converter_says_what_training_will_say(yolo: Path, capsys: pytest.Ca
     assert yolo_result(yolo)[0] == 2
     assert "seem to be fractions" in capsys.readouterr().err
     assert (yolo / "out.json").read_bytes() == before
+
+
+def test_only_what_the_converter_wrote_is_replaced(yolo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert yolo_result(yolo)[0] == 0
+    assert yolo_result(yolo)[0] == 0
+    (yolo / "out.json").write_text('{"images": []}')
+    assert yolo_result(yolo)[0] == 2
+    assert "out.json: is there already and not of this command" in capsys.readouterr().err
+    assert (yolo / "out.json").read_text() == '{"images": []}'
 
 
 def test_class_names_reach_a_terminal_that_lacks_their_letters(yolo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
