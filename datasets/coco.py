@@ -295,8 +295,7 @@ def _doubt_orientations(root: Path, packed: PackedAnnotations, report: CleaningR
         height, width = packed.sizes[index].tolist()
         path = root / packed.file_name(index)
         try:
-            # A pipe would be waited for.
-            doubt = read_header(path).about_orientation((height, width)) if path.is_file() else ""
+            doubt = read_header(path).about_orientation((height, width))
         except UnreadableImageError:
             continue
         if doubt:

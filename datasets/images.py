@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
 import warnings
 import zlib
@@ -88,7 +90,7 @@ def read_header(path: Path | str) -> Header:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as picture:
+            with _open(path) as picture:
                 frames = getattr(picture, "n_frames", 1)
                 return Header(picture.height, picture.width, picture.mode, frames, _orientation(picture))
     except _DECODER_ERRORS as error:
@@ -99,6 +101,13 @@ def read_size(path: Path | str) -> tuple[int, int]:
     """(height, width) of the stored pixels, as ``read_header`` finds them."""
     header = read_header(path)
     return header.height, header.width
+
+
+def _open(path: Path | str) -> Image.Image:
+    kind = os.stat(path).st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # a pipe would be waited for; Pillow refuses a directory
+        raise ValueError("a pipe or device, not a file")
+    return Image.open(path, formats=FORMATS)
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -160,7 +169,7 @@ def decode_image(path: Path | str, stated_size: tuple[int, int] = (0, 0), strict
 
 def _decode(path: Path | str) -> tuple[np.ndarray[Any, Any], int, str | None]:
     """(stored pixels [height, width, 3], EXIF orientation, format)."""
-    with Image.open(path, formats=FORMATS) as picture:
+    with _open(path) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS}")
         return _to_rgb(picture), _orientation(picture), picture.format

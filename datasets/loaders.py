@@ -22,6 +22,7 @@ from datasets.workers import (
     LostBatch,
     Overdue,
     alarm,
+    collect_remains,
     is_death_of_worker,
     kill_workers,
     signals_held_back,
@@ -126,6 +127,7 @@ class WorkerPool:
                 handles = {os.strerror(number) for number in (errno.EMFILE, errno.ENFILE)}
                 if short_of := [text for text in handles if text in str(error)]:
                     kill_workers()
+                    collect_remains(error)
                     raise ValueError(f"cannot load data in workers ({short_of[0]}): {_REMEDY}") from error
                 if not self.num_workers or not is_death_of_worker(error):
                     raise

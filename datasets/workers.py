@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.queues
 import os
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -47,6 +50,17 @@ def kill_workers() -> None:
     """So that the end of this process need not wait for those that are stuck."""
     for worker in multiprocessing.active_children():
         worker.kill()
+
+
+def collect_remains(error: BaseException) -> None:
+    """Of workers that could only half be started: what torch made of them complains, with a traceback, of what it lacks
+    when it is collected."""
+    complain, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+    finally:
+        sys.unraisablehook = complain
 
 
 @contextmanager
