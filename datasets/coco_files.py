@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from datasets.annotations import (
+    MAX_EXAMPLES,
     Category,
     CleaningReport,
     PackedAnnotations,
@@ -75,11 +76,12 @@ class CocoFiles:
             lambda index: packed.file_name(index) + explain_absence(root, packed.file_name(index)),
         )
         if len(absent) == len(packed.image_ids):
-            why = explain_absence(root, packed.file_name(0))
+            reasons = ((name, explain_absence(root, name)) for name in packed.file_names()[:MAX_EXAMPLES])
+            name, why = next((both for both in reasons if both[1]), (packed.file_name(0), ""))
             remedy = "write the names as they are there" if why else f"set data.{split}.images to their directory"
             raise FileNotFoundError(
                 f"none of the {len(absent)} images of {self.annotations} is in {self.images} "
-                f"(the first is {packed.file_name(0)}{why}): {remedy}"
+                f"(such as {name!r}{why}): {remedy}"
             )
         content = FileContent(self.images, packed, categories or own, report, unknown)
         if not training or not absent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ def _endings() -> tuple[str, ...]:
     return tuple(sorted(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS))
 
 
+_PREFIX = re.compile(r"^[0-9a-f]{8}-")
 EXTENSIONS = _endings()
 """Endings, in small letters, of the files that are taken from a folder: of all that can be read."""
 
@@ -43,11 +45,11 @@ def files_below(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def image_files(folder: Path) -> tuple[list[Path], int]:
-    """(images of a folder and of those below, number of files that are left out for their ending)."""
+def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(images of a folder and of those below, files that are left out for their ending)."""
     files = list(files_below(folder))
     images = sorted(path for path in files if path.suffix.lower() in EXTENSIONS)
-    return images, len(files) - len(images)
+    return images, [path for path in files if path.suffix.lower() not in EXTENSIONS]
 
 
 def absent_files(root: Path, names: Iterable[str]) -> list[int]:
@@ -71,7 +73,8 @@ def explain_absence(root: Path, name: str) -> str:
     plain = name.replace("\\", "/")
     parts = PurePosixPath(plain).parts
     shorter = ["/".join(parts[start:]) for start in range(1, len(parts))]
-    guesses = {unicodedata.normalize(form, plain): "accents composed otherwise" for form in _FORMS}
+    guesses = {plain.strip(): "spaces around it", _PREFIX.sub("", parts[-1] if parts else ""): "Label Studio's prefix"}
+    guesses |= {unicodedata.normalize(form, plain): "accents composed otherwise" for form in _FORMS}
     guesses |= {unquote(plain): "escapes such as %20", plain: "backslashes"}
     guesses |= dict.fromkeys(shorter, "folders too many")
     for guess, reason in guesses.items():
@@ -79,7 +82,12 @@ def explain_absence(root: Path, name: str) -> str:
             return f", which has {reason}: {guess} is there"
     directory, base = os.path.split(plain)
     try:
-        near = [other for other in os.listdir(root / directory) if other.casefold() == base.casefold()]
+        there = os.listdir(root / directory)
     except (OSError, ValueError):
-        near = []
-    return f", whose letters' case differs: {near[0]} is there" if near else ""
+        return ""
+    for other in there:
+        if other.casefold() == base.casefold():
+            return f", whose letters' case differs: {other} is there"
+    stem = os.path.splitext(base)[0]
+    same = [other for other in there if os.path.splitext(other)[0] == stem and other.lower().endswith(EXTENSIONS)]
+    return f", which has another ending: {same[0]} is there" if stem and len(same) == 1 else ""

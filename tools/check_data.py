@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -40,8 +41,8 @@ UNREADABLE = "unreadable image"
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = console.parser("check_data", __doc__)
     parser.add_argument("--cfg", type=Path, help="configuration whose training and validation data are checked")
-    parser.add_argument("--images", help="directory of images, instead of --cfg")
-    parser.add_argument("--annotations", help="COCO annotation file, instead of --cfg")
+    parser.add_argument("--images", type=Path, help="directory of images, instead of --cfg")
+    parser.add_argument("--annotations", type=Path, help="COCO annotation file, instead of --cfg")
     parser.add_argument("--page", type=Path, default=Path("check_data.png"), help="picture to write (%(default)s)")
     parser.add_argument("--samples", type=int, default=12, help="images of each split on the page (%(default)s)")
     parser.add_argument(
@@ -58,7 +59,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def build_datasets(options: argparse.Namespace) -> tuple[dict[str, CocoDataset], list[str]]:
     """The data sets by the name of their split, and why training would refuse them all the same."""
     if options.cfg is None:
-        return {"train": CocoConfig(images=options.images, annotations=options.annotations).build(split="train")}, []
+        files = CocoConfig(images=str(options.images), annotations=str(options.annotations))
+        return {"train": files.build(split="train")}, []
     cfg = config.load(options.cfg, options.overrides)
     train, val = cfg.data.build_datasets()
     refusals = []
@@ -86,7 +88,8 @@ def describe(split: str, dataset: CocoDataset) -> list[str]:
         f"  box areas: {small} below 32 x 32 pixels, {len(areas) - small - large} between, {large} from 96 x 96",
     ]
     per_class = torch.bincount(labels, minlength=len(dataset.categories)).tolist()
-    named = [f"{category.name} {count}" for category, count in zip(dataset.categories, per_class, strict=True)]
+    names = [" ".join(category.name.split()) for category in dataset.categories]
+    named = [f"{name} {count}" for name, count in zip(names, per_class, strict=True)]
     return [*lines, f"  boxes of each class: {', '.join(named)}"]
 
 
@@ -115,12 +118,17 @@ def inspect_image(dataset: CocoDataset, index: int) -> list[tuple[str, str]]:
     return findings
 
 
+def _start_process() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
+
+
 def inspect_images(dataset: CocoDataset, processes: int) -> tuple[CleaningReport, bool]:
     """Decodes every image; what was found, and whether any can be read at all."""
     report = CleaningReport()
     inspect = partial(inspect_image, dataset)
     if processes > 1:
-        with multiprocessing.Pool(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with multiprocessing.Pool(processes, initializer=_start_process) as pool:
             results = pool.map(inspect, range(len(dataset)), chunksize=32)
     else:
         results = [inspect(index) for index in range(len(dataset))]

@@ -76,14 +76,14 @@ def find_images(paths: Sequence[Path], out: Path) -> list[Source]:
     for path in paths:
         if path.is_dir():
             files, others = image_files(path)
+            if not path.resolve().is_relative_to(out):
+                files, others = (
+                    [file for file in found if not file.parent.resolve().is_relative_to(out)]
+                    for found in (files, others)
+                )
             if others:
-                print(f"{path}: {others} files left out that are no pictures by their endings", file=sys.stderr)
-            own = not path.resolve().is_relative_to(out)
-            sources += [
-                Source(file, file.relative_to(path))
-                for file in files
-                if not (own and file.parent.resolve().is_relative_to(out))
-            ]
+                print(f"{path}: {len(others)} files left out that are no pictures by their endings", file=sys.stderr)
+            sources += [Source(file, file.relative_to(path)) for file in files]
         elif path.exists():
             sources.append(Source(path, Path(path.name)))
         else:

@@ -160,7 +160,7 @@ def test_what_can_be_read_is_taken_from_a_folder(tmp_path, ending):
     path = save(tmp_path / f"a{ending.upper()}", Image.fromarray(COLOURS), format=kind)
     (tmp_path / f"._a{ending}").write_text("of a Macintosh")
     (tmp_path / "notes.txt").write_text("no picture")
-    assert image_files(tmp_path) == ([path], 1)
+    assert image_files(tmp_path) == ([path], [tmp_path / "notes.txt"])
     assert read_size(path) == (12, 20)
 
 
@@ -171,7 +171,7 @@ def test_folders_behind_symbolic_links_are_searched_once(tmp_path):
     folder.mkdir()
     (folder / "train").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "elsewhere" / "loop").symlink_to(folder, target_is_directory=True)
-    assert image_files(folder) == ([folder / "train" / "a.png"], 0)
+    assert image_files(folder) == ([folder / "train" / "a.png"], [])
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,9 @@ def test_folders_behind_symbolic_links_are_searched_once(tmp_path):
         ("images/sub/a b.png", "folders too many"),
         ("sub/a%20b.png", "escapes such as %20"),
         ("sub/A b.PNG", "letters' case differs"),
+        (" sub/a b.png\t", "spaces around it"),
+        ("0123cdef-c.png", "Label Studio's prefix"),
+        ("sub/a b.jpg", "another ending"),
         (unicodedata.normalize("NFD", "sub/ö.png"), "accents composed otherwise"),
     ],
 )
@@ -191,6 +194,7 @@ def test_why_an_image_is_absent(tmp_path, name, reason):
     for there in ("a b.png", unicodedata.normalize("NFC", "ö.png")):
         (tmp_path / "sub" / there).touch()
     assert absent_files(tmp_path, ["sub/a b.png", name]) == [1]
+    (tmp_path / "c.png").touch()
     assert reason in explain_absence(tmp_path, name)
     assert explain_absence(tmp_path, "sub/gone.png") == explain_absence(tmp_path, "\0") == ""
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -125,6 +126,31 @@ def test_refusals_are_one_line(tmp_path, dirty, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert error.count("\n") == 1
+
+
+def test_what_a_terminal_does_not_show_is_said(dirty, tmp_path, capsys):
+    images, annotations = dirty
+    (images / "half.png").unlink()
+    os.mkfifo(images / "half.png")
+    content = json.loads(annotations.read_text())
+    content["categories"][0]["name"], content["categories"][1]["name"] = " cat ", "d\nog"
+    content["images"][2]["file_name"] = "moving.gif "
+    annotations.write_text(json.dumps(content))
+    page = ["--page", str(tmp_path / "page.png"), "--processes", "1"]
+    assert check_data.main(["--images", str(images), "--annotations", str(annotations), *page]) == 0
+    output = capsys.readouterr().out
+    assert "boxes of each class: cat 1, d og 1\n" in output
+    assert "2 x category whose name has spaces around it, several in a row or line breaks, kept so" in output
+    assert "(' cat ', 'd\\nog')" in output
+    assert f"{images}/half.png: a pipe or device, not a file" in output
+    assert "which has spaces around it: moving.gif is there" in output
+    for entry in content["images"]:
+        entry["file_name"] = f"0123cdef-{entry['file_name']}"
+    content["images"][0]["file_name"] = "gone.png"
+    annotations.write_text(json.dumps(content))
+    assert check_data.main(["--images", str(images), "--annotations", str(annotations), *page]) == 2
+    error = capsys.readouterr().err
+    assert "(such as '0123cdef-palette.png', which has Label Studio's prefix: palette.png is there)" in error
 
 
 def test_what_training_would_refuse_is_an_error_after_the_report(dirty, tmp_path, capsys):

@@ -201,14 +201,17 @@ def test_photographs_are_never_overwritten(
 
 
 def test_a_second_call_does_not_look_at_what_the_first_one_wrote(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder(tmp_path / "images"))
+    for path in Path().rglob("*.txt"):
+        path.unlink()
     found = []
     for _ in range(2):
         assert predict.main([".", "--resume", str(tiny_checkpoint), "--device", "cpu", "--threshold", "0"]) == 0
         found.append({entry["file_name"] for entry in json.loads(Path("predictions/detections.json").read_text())})
         written = {str(path) for path in Path("predictions").rglob("*.*")}
+    assert "left out" not in capsys.readouterr().err
     assert found[0] == found[1] == {"a.png", "b.jpg", "sub/a.png"}
     assert written == {f"predictions/{name}" for name in ("a.png", "b.jpg", "sub/a.png", "detections.json")}
 
