@@ -39,19 +39,22 @@ from engine.trainer import Trainer
 from engine.validation import Validation
 from models import Detector
 from ops.ms_deform_attn import describe_backend, set_default_backend
+from schema import expand_home
 from structures import BatchSize
+from tools import console
 
 log = logging.getLogger(__name__)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="main.py", description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = console.Parser(prog="main.py", description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument(
         "--cfg", type=Path, metavar="FILE", help="YAML file (default: the configuration inside --resume's checkpoint)"
     )
     parser.add_argument(
         "--resume",
+        type=expand_home,
         metavar="FILE",
         help="checkpoint to go on from or to evaluate, or 'auto' for the last one in output_dir",
     )
@@ -218,14 +221,17 @@ def build_model(
 def evaluate(cfg: Config, loaded: checkpoint.Loaded, device: torch.device) -> None:
     """Measure a checkpoint's weights (the averaged ones, where there are) as training did."""
     run_log.configure(None)
-    with distributed.agreed_errors(), checkpoint.understanding(loaded.path):
+    with distributed.agreed_errors():
         set_default_backend(cfg.op_backend)
-        step = loaded.state["position"]["step"]
-        categories = tuple(Category(*category) for category in loaded.state["categories"])
-        model = cfg.model.build(len(categories), load_backbone=False)
-        checkpoint.load_evaluated_weights(model, loaded)
+        with checkpoint.understanding(loaded.path):
+            step = loaded.state["position"]["step"]
+            categories = tuple(Category(*category) for category in loaded.state["categories"])
+            model = cfg.model.build(len(categories), load_backbone=False)
+            checkpoint.load_evaluated_weights(model, loaded)
         precision, remark = prepare_inference(model, cfg.trainer, device, cfg.trainer.precision)
         val_set = cfg.data.val.build(split="val", categories=categories)
+        for line in val_set.report.lines():
+            log.info("validation annotations: %s", line)
         validation = build_validation(cfg, val_set, device, precision=precision)
     if remark is not None:
         log.info(remark)

@@ -25,6 +25,18 @@ class KeyPathError(ValueError):
         self.path = path
 
 
+def expand_home(text: str) -> str:
+    """Put the home directory in place of a ``~`` at the start of a path; shells leave the one of ``--out=~/x``.
+
+    Raises:
+        ValueError: there is no home directory.
+    """
+    path = os.path.expanduser(text) if text.startswith("~") else text
+    if path == "~" or path.startswith("~/"):
+        raise ValueError(f"there is no home directory (HOME is not set) for {text}: write the whole path")
+    return path
+
+
 def merge(kind: Any, default: Any, base: Any, new: Any) -> Any:
     """Lay ``new`` over ``base``: mappings merge, everything else replaces, a changed ``name`` resets its siblings."""
     if not isinstance(new, Mapping):
@@ -162,7 +174,10 @@ def _decode_plain(kind: Any, value: Any, path: tuple[str, ...]) -> Any:
     if kind is bool and isinstance(value, str):  # YAML 1.1's words, which a person may still mean
         return {"yes": True, "on": True, "no": False, "off": False}.get(value.lower())
     if kind is str and isinstance(value, str):
-        return os.path.expanduser(value) if value.startswith("~") else value
+        try:
+            return expand_home(value)
+        except ValueError as error:
+            raise KeyPathError(path, str(error)) from None
     if kind in (bool, int) and type(value) is kind:
         return value
     return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from schema import expand_home
 
 
 class ConfigError(ValueError):
@@ -89,7 +90,7 @@ def read_chain(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path,
     for name in base if isinstance(base, list) else [] if base is None else [base]:
         if not isinstance(name, str):
             raise ConfigError(f"{path}: 'base' must be a file name or a list of them, relative to this file")
-        yield from read_chain(path.parent / os.path.expanduser(name), (*below, path.resolve()))
+        yield from read_chain(path.parent / expand_home(name), (*below, path.resolve()))
     yield path, values
 
 

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +113,12 @@ def load_subject(path: Path, label: str, overrides: Sequence[str]) -> Subject:
     set_default_backend(cfg.op_backend)
     dataset = cfg.data.val.build(split="val", categories=categories)
     return Subject(label, cfg, model.to(device), dataset, device)
+
+
+def tell_remarks(datasets: Iterable[CocoDataset]) -> None:
+    """Say what was cleaned away from the annotations, as training and evaluation do."""
+    for line in dict.fromkeys(line for dataset in datasets for line in dataset.report.lines()):
+        print(f"validation annotations: {line}", file=sys.stderr)
 
 
 def observe_subject(subject: Subject, images: Sequence[ImageInfo], chosen: Sequence[ChosenTarget] = ()) -> Observed:
@@ -222,6 +228,7 @@ def run(args: argparse.Namespace) -> None:
     labels = check_labels(args.labels, args.resume)
     subjects = [load_subject(path, label, args.set) for path, label in zip(args.resume, labels, strict=True)]
     check_same_task([subject.dataset for subject in subjects], args.resume)
+    tell_remarks(subject.dataset for subject in subjects)
     truth = Evaluator(subjects[0].cfg.data.val.annotations, subjects[0].dataset.categories).ground_truth
     images = annotated_images(truth, [category.id for category in subjects[0].dataset.categories])
     chosen = chosen_targets(images, args.images, args.targets)

@@ -35,7 +35,7 @@ from engine import checkpoint
 from engine.coco_metrics import read_ground_truth
 from engine.runs.run_directory import DETECTIONS
 from tools import console
-from tools.analyze import PROGRESS_SECONDS, check_labels, check_same_task, load_subject, observe_subject
+from tools.analyze import PROGRESS_SECONDS, check_labels, check_same_task, load_subject, observe_subject, tell_remarks
 
 PAGE = Path(__file__).parent / "explorer"
 """The page itself: what is copied beside the data."""
@@ -189,6 +189,7 @@ def run(args: argparse.Namespace) -> Path:
         raise ValueError(f"{args.out} holds something else than such a page: choose another --out")
     found = [opened(path, args.set) for path in args.paths]
     check_same_task([one.dataset for one in found], args.paths)
+    tell_remarks(one.dataset for one in found)
     dataset, annotations = found[0].dataset, found[0].annotations
     names = [category.name for category in dataset.categories]
     images = annotated_images(read_ground_truth(annotations), [category.id for category in dataset.categories])

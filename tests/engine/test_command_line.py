@@ -286,6 +286,27 @@ def test_unreadable_validation_images_are_told(trained: Path, data: Path, comman
         assert ("unreadable" in output) == bool(options)
 
 
+def test_an_evaluation_tells_what_is_wrong_with_its_annotations(
+    trained: Path, data: Path, command: Command, tmp_path: Path
+) -> None:
+    """And blames the checkpoint for none of it."""
+    content = json.loads((data / "annotations/instances_val.json").read_text())
+    content["annotations"][0]["iscrowd"] = "0"
+    file = tmp_path / "odd.json"
+    file.write_text(json.dumps(content))
+    arguments = "--eval", "--resume", trained / "checkpoint_last.pth", f"data.val.annotations={file}"
+    code, output, _ = command(*arguments)
+    assert code == 0
+    assert "validation annotations: 1 x iscrowd written as text, read as it says" in output
+    for entry in content["annotations"]:
+        entry["image_id"] = "one"
+    file.write_text(json.dumps(content))
+    code, output, errors = command(*arguments)
+    assert code == 2
+    assert f"validation annotations: {len(content['annotations'])} x annotation whose image_id is no whole" in output
+    assert errors == f"error: {file}: no objects to find, so that nothing can be evaluated\n"
+
+
 def test_evaluation_that_is_given_up_leaves_the_last_one(trained: Path, tmp_path: Path) -> None:
     cfg = config.load(trained / "config.yaml")
     _, val_set = cfg.data.build_datasets()
