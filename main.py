@@ -39,7 +39,6 @@ from engine.trainer import Trainer
 from engine.validation import Validation
 from models import Detector
 from ops.ms_deform_attn import describe_backend, set_default_backend
-from schema import expand_home
 from structures import BatchSize
 from tools import console
 
@@ -54,7 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume",
-        type=expand_home,
+        type=lambda text: str(console.home_path(text)),
         metavar="FILE",
         help="checkpoint to go on from or to evaluate, or 'auto' for the last one in output_dir",
     )

@@ -31,7 +31,8 @@ def expand_home(text: str) -> str:
     Raises:
         ValueError: there is no home directory.
     """
-    path = os.path.expanduser(text) if text.startswith("~") else text
+    known = os.environ.get("HOME") != ""
+    path = os.path.expanduser(text) if text.startswith("~") and known else text
     if path == "~" or path.startswith("~/"):
         raise ValueError(f"there is no home directory (HOME is not set) for {text}: write the whole path")
     return path

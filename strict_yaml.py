@@ -90,7 +90,11 @@ def read_chain(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path,
     for name in base if isinstance(base, list) else [] if base is None else [base]:
         if not isinstance(name, str):
             raise ConfigError(f"{path}: 'base' must be a file name or a list of them, relative to this file")
-        yield from read_chain(path.parent / expand_home(name), (*below, path.resolve()))
+        try:
+            below_this = path.parent / expand_home(name)
+        except ValueError as error:
+            raise ConfigError(f"{path}: base: {error}") from error
+        yield from read_chain(below_this, (*below, path.resolve()))
     yield path, values
 
 

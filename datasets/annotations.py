@@ -168,10 +168,10 @@ def _doubt_categories(content: CocoFile, report: CleaningReport) -> None:
         name, where = _name(entry), f"category {entry.get('id')}"
         if not name:
             report.add("category whose name is empty or no text, named by its id", where)
-        elif name != " ".join(name.split()):
-            report.add("category whose name has spaces around it, several in a row or line breaks, kept so", repr(name))
         elif times[name] > 1:
             report.add("category that shares its name with another, kept apart by its id", f"{where}: {name}")
+        if name != " ".join(name.split()):
+            report.add("category whose name has spaces around it, several in a row or line breaks, kept so", repr(name))
 
 
 class _Images(NamedTuple):

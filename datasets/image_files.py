@@ -73,10 +73,12 @@ def explain_absence(root: Path, name: str) -> str:
     plain = name.replace("\\", "/")
     parts = PurePosixPath(plain).parts
     shorter = ["/".join(parts[start:]) for start in range(1, len(parts))]
-    guesses = {plain.strip(): "spaces around it", _PREFIX.sub("", parts[-1] if parts else ""): "Label Studio's prefix"}
+    guesses = {plain.strip(): "spaces around it"}
     guesses |= {unicodedata.normalize(form, plain): "accents composed otherwise" for form in _FORMS}
     guesses |= {unquote(plain): "escapes such as %20", plain: "backslashes"}
     guesses |= dict.fromkeys(shorter, "folders too many")
+    if parts and _PREFIX.match(parts[-1]):
+        guesses |= {str(PurePosixPath(*parts[:-1], _PREFIX.sub("", parts[-1]))): "Label Studio's prefix"}
     for guess, reason in guesses.items():
         if guess and guess != name and not absent_files(root, [guess]):
             return f", which has {reason}: {guess} is there"

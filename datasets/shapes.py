@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -153,7 +154,8 @@ def generate(out: Path | str, config: ShapesConfig | None = None, processes: int
         if processes == 1:
             drawn = [write(index) for index in range(count)]
         else:
-            with multiprocessing.Pool(processes) as pool:
+            ignoring = (signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
+            with multiprocessing.Pool(processes, signal.signal, ignoring) as pool:
                 drawn = pool.map(write, range(count), chunksize=16)
         path = out / "annotations" / f"instances_{split}.json"
         path.write_text(json.dumps(_annotations(config, split, drawn)))

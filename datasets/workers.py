@@ -53,8 +53,10 @@ def kill_workers() -> None:
 
 
 def collect_remains(error: BaseException) -> None:
-    """Of workers that could only half be started: what torch made of them complains, with a traceback, of what it lacks
-    when it is collected."""
+    """Free what torch has made for workers that could only half be started, after their ``error``.
+
+    It would complain, with a traceback, of what it lacks when it is freed later.
+    """
     complain, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         traceback.clear_frames(error.__traceback__)

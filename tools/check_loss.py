@@ -42,7 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _write(path: Path, findings: dict[str, Any]) -> None:
-    if path.exists():
+    if path.is_file() and path.stat().st_size:
         try:
             former = json.loads(path.read_bytes())
         except ValueError:

@@ -113,8 +113,10 @@ def _read(options: argparse.Namespace, report: CleaningReport) -> tuple[list[Lab
         raise ValueError(f"{options.labels}: no such folder")
     if options.out.suffix.lower() != ".json":
         raise ValueError(f"--out {options.out}: must end in .json")
-    if options.out.exists() and options.out.read_bytes()[: len(_HEAD)] != _HEAD:
-        raise ValueError(f"--out {options.out}: is there already and not of this command; choose another name")
+    if options.out.exists():
+        with options.out.open("rb") as former:
+            if former.read(len(_HEAD)) not in (b"", _HEAD):
+                raise ValueError(f"--out {options.out}: is there already; remove it, or choose another name")
     given = None if options.classes is None else read_class_names(options.classes)
     if options.kind == "voc":
         read = read_voc(options.labels, options.split, options.images, options.first_pixel, options.difficult, report)

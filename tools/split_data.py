@@ -22,6 +22,7 @@ if not __package__:  # run as a file
 
 from engine.whole_files import replacing
 from tools import console
+from tools.convert_annotations import INFO
 
 
 def deal(
@@ -76,7 +77,9 @@ def split(content: dict[str, Any], shares: dict[str, float], group_by: str | Non
         (len(group), Counter(a["category_id"] for image in group for a in of_image[image["id"]]))
         for group in members.values()
     ]
-    result = {name: {**content, "images": [], "annotations": []} for name in shares}
+    # Splits are not the converter's, which would replace its own.
+    others = {key: value for key, value in content.items() if (key, value) != ("info", INFO)}
+    result = {name: {**others, "images": [], "annotations": []} for name in shares}
     names = list(shares)
     for group, place in zip(members.values(), deal(counts, list(shares.values()), seed, stratify), strict=True):
         for image in group:

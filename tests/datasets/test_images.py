@@ -184,7 +184,9 @@ def test_folders_behind_symbolic_links_are_searched_once(tmp_path):
         ("sub/a%20b.png", "escapes such as %20"),
         ("sub/A b.PNG", "letters' case differs"),
         (" sub/a b.png\t", "spaces around it"),
-        ("0123cdef-c.png", "Label Studio's prefix"),
+        ("0123cdef-c.png", "Label Studio's prefix: c.png"),
+        ("sub/0123cdef-a b.png", "Label Studio's prefix: sub/a b.png"),
+        ("images/sub/c.png", "folders too many: sub/c.png"),
         ("sub/a b.jpg", "another ending"),
         (unicodedata.normalize("NFD", "sub/ö.png"), "accents composed otherwise"),
     ],
@@ -194,7 +196,8 @@ def test_why_an_image_is_absent(tmp_path, name, reason):
     for there in ("a b.png", unicodedata.normalize("NFC", "ö.png")):
         (tmp_path / "sub" / there).touch()
     assert absent_files(tmp_path, ["sub/a b.png", name]) == [1]
-    (tmp_path / "c.png").touch()
+    for there in ("c.png", "sub/c.png"):
+        (tmp_path / there).touch()
     assert reason in explain_absence(tmp_path, name)
     assert explain_absence(tmp_path, "sub/gone.png") == explain_absence(tmp_path, "\0") == ""
 

@@ -41,6 +41,12 @@ def test_without_a_home_folder_nothing_is_guessed(
     with pytest.raises(SystemExit) as ended:
         export.main(["--resume", "a.pth", "--out=~/b.onnx"])
     assert ended.value.code == 2
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(SystemExit):
+        main.parse_arguments(["--resume=~/b.pth"])
+    assert "there is no home directory" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        export.main(["--resume", "a.pth", "--out=~/b.onnx"])
     assert "there is no home directory (HOME is not set) for ~/b.onnx: write the whole path" in capsys.readouterr().err
     assert console.home_path("~nobody-of-this-name/a") == Path("~nobody-of-this-name/a")
 

@@ -371,7 +371,7 @@ def test_only_what_the_converter_wrote_is_replaced(yolo: Path, capsys: pytest.Ca
     assert yolo_result(yolo)[0] == 0
     (yolo / "out.json").write_text('{"images": []}')
     assert yolo_result(yolo)[0] == 2
-    assert "out.json: is there already and not of this command" in capsys.readouterr().err
+    assert "out.json: is there already; remove it" in capsys.readouterr().err
     assert (yolo / "out.json").read_text() == '{"images": []}'
 
 
