@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.shape_drawing import NAMES, DrawnObject, Scene, draw_image
+from datasets.workers import start_helper
 
 CATEGORY_IDS = (3, 7, 8, 15, 21, 34)
 """Of the names in ``shape_drawing.NAMES``; with gaps on purpose."""
@@ -154,8 +154,7 @@ def generate(out: Path | str, config: ShapesConfig | None = None, processes: int
         if processes == 1:
             drawn = [write(index) for index in range(count)]
         else:
-            ignoring = (signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
-            with multiprocessing.Pool(processes, signal.signal, ignoring) as pool:
+            with multiprocessing.Pool(processes, start_helper) as pool:
                 drawn = pool.map(write, range(count), chunksize=16)
         path = out / "annotations" / f"instances_{split}.json"
         path.write_text(json.dumps(_annotations(config, split, drawn)))

@@ -96,14 +96,19 @@ def signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def start_helper() -> None:
+    """Runs in each process of a pool. Ctrl-C reaches the whole process group, but the main process ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
 def start_worker(worker: int) -> None:
     """Runs in each worker. Signals reach the whole process group, but when to stop is for the main process to say."""
     signal.set_wakeup_fd(-1)  # which a forked worker shares with its parent
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_helper()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _overhear)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    torch.set_num_threads(1)
     # Where a full /dev/shm is noticed: by default a thread prints a traceback and the batch is never heard of again.
     multiprocessing.queues.Queue._on_queue_feeder_error = _report_lost_batch  # type: ignore[attr-defined]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -25,6 +24,7 @@ import config
 from datasets import CleaningReport, CocoConfig, CocoDataset
 from datasets.coco import Sample, SampleKey
 from datasets.images import UnreadableImageError, read_header
+from datasets.workers import start_helper
 from engine.evaluator import Evaluator
 from engine.lettering import lettered
 from engine.whole_files import replacing
@@ -118,17 +118,12 @@ def inspect_image(dataset: CocoDataset, index: int) -> list[tuple[str, str]]:
     return findings
 
 
-def _start_process() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
-
-
 def inspect_images(dataset: CocoDataset, processes: int) -> tuple[CleaningReport, bool]:
     """Decodes every image; what was found, and whether any can be read at all."""
     report = CleaningReport()
     inspect = partial(inspect_image, dataset)
     if processes > 1:
-        with multiprocessing.Pool(processes, initializer=_start_process) as pool:
+        with multiprocessing.Pool(processes, initializer=start_helper) as pool:
             results = pool.map(inspect, range(len(dataset)), chunksize=32)
     else:
         results = [inspect(index) for index in range(len(dataset))]
