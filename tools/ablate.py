@@ -59,7 +59,7 @@ def ablate(args: argparse.Namespace) -> int:
     with claimed(plan):
         findings = decide(plan, declared, run_all, say)
     if findings is None:
-        say("stopped before the end: mend what failed, and give the same command again")
+        say("stopped before the end, without a verdict; the same command goes on")
         return 1
     command = ["python", "-m", "tools.ablate", "--sweep", str(args.sweep), *args.overrides, "--out", str(args.out)]
     path = write_verdict(plan, declared, findings, shlex.join(command))

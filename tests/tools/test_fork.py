@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import itertools
-import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,12 @@ STEPS = 7
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _restored() -> Iterator[None]:
-    handlers, deterministic = logging.getLogger().handlers[:], torch.get_deterministic_debug_mode()
-    with pytest.MonkeyPatch.context() as patch:  # the branches' own pictures take longer than all else in them
+def _restored(keeping_process_state: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    with keeping_process_state(), pytest.MonkeyPatch.context() as patch:
+        # The branches' own pictures take longer than all else in them.
         patch.setattr(Trainer, "_draw", lambda *_: None)
         patch.setattr("engine.validation.draw_predictions", lambda *_: None)
         yield
-    logging.getLogger().handlers[:] = handlers
-    torch.set_deterministic_debug_mode(deterministic)
 
 
 def settings(directory: Path) -> dict[str, Any]:
