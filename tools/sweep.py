@@ -143,7 +143,9 @@ def _act(plan: Plan, args: argparse.Namespace) -> int:
     chosen = [run for run in plan.runs if args.run in (None, run.name)]
     if not chosen:
         raise ValueError(f"--run {args.run}: {plan.out} has no such run (--dry-run shows them all)")
-    if args.run is None or read_manifest(plan.out) is None:  # elements of a job array leave it alone
+    known = read_manifest(plan.out)
+    # Elements of a job array leave it alone, unless the sweep has grown since it was written.
+    if args.run is None or known is None or chosen[0] not in known.runs:
         write_manifest(plan)
     if args.slurm:
         if not missing:

@@ -140,7 +140,14 @@ def test_one_run_alone(cfg, capsys, tmp_path, monkeypatch):
     assert sweep.main(["--cfg", cfg, *GRID, "--out", "runs/b", "--run", "alpha-7"]) == 2
     assert not Path("runs/b").exists()
     assert sweep.main(["--cfg", cfg, *GRID, "--out", "runs/b", "--run", "alpha-0.5_seed-1"]) == 1
-    assert len(read_manifest(Path("runs/b")).runs) == len(read_manifest(Path("runs/a")).runs) > 1
+    planned = read_manifest(Path("runs/b")).runs
+    assert planned == read_manifest(Path("runs/a")).runs
+    more = [GRID[0], "seed=1..2"]
+    assert sweep.main(["--cfg", cfg, *more, "--out", "runs/b", "--run", "alpha-0.5_seed-2"]) == 1
+    assert {run.name for run in read_manifest(Path("runs/b")).runs} - {run.name for run in planned} == {
+        "alpha-0_seed-2",
+        "alpha-0.5_seed-2",
+    }
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
